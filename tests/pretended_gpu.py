@@ -1,15 +1,15 @@
-"""A GPU that is pretended: devices 'gpu:0' and 'gpu:1' with real numbers, which are on the CPU.
+"""A simulated GPU: the tensors of the devices 'gpu:0' and 'gpu:1' are computed on the CPU.
 
-Tensors of different devices do not meet (torch's error of a real GPU), and what would make a GPU
-wait is counted with the line that asked for it: reading a number, a result whose shape depends on
-numbers, a copy between devices. So the path of a GPU runs where there is none.
+An operation on tensors of two devices raises torch's error. The program counts every operation that
+waits for a real GPU, with the line that asked for it: reading a number, a result whose shape
+depends on numbers, a copy between devices. So a machine without a GPU runs the code for one.
 
     python tests/pretended_gpu.py cram     # waits of each recipe, as JSON
     python tests/pretended_gpu.py train    # what every kind of training makes
     python tests/pretended_gpu.py split    # a model on two devices
-    python tests/pretended_gpu.py mixed    # tensors of two devices meet: the pretence itself
+    python tests/pretended_gpu.py mixed    # an operation on tensors of two devices
 
-It is a program of its own: torch takes one pretended backend for the whole process.
+Tests start it as a process of its own, because torch takes one such backend for a whole process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def wait(what: str) -> None:
 
 
 class Pretended(torch.Tensor):
-    """A tensor that says it is on `place`; its numbers are in `raw`, on the CPU."""
+    """A tensor whose device is `place`; its numbers are in `raw`, on the CPU."""
 
     raw: torch.Tensor
     place: torch.device
@@ -135,7 +135,7 @@ def numbered(device: Any) -> torch.device:
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Compute on the CPU what a GPU would; refuse what it would, and count its waits."""
+    """Compute an operation on the CPU; raise where a GPU raises, and count where it waits."""
     leaves: list[torch.Tensor] = []
     mapped(leaves.append, (args, kwargs))
     pretended = [t for t in leaves if isinstance(t, Pretended)]
@@ -206,7 +206,7 @@ def moved(module: torch.nn.Module, device: str) -> torch.nn.Module:
 
 
 def begin() -> None:
-    """Tell torch of the devices; torch.tensor makes a number on the CPU and copies it."""
+    """Register the devices with torch; torch.tensor makes a number on the CPU and copies it."""
     backend_registration._setup_privateuseone_for_python_backend(
         "gpu", backend_module=Backend(), hook=Hook(), device_guard=Guard()
     )
@@ -220,7 +220,7 @@ def begin() -> None:
 
 
 def cram() -> dict[str, Any]:
-    """For each recipe the waits of four steps between polls, and how a whole run ends."""
+    """For each recipe the waits of four steps between polls, and the outcomes of a whole run."""
     from conftest import build, passages
     from memvec.cramming.engine import Engine
     from memvec.cramming.recipe import Recipe
@@ -265,7 +265,7 @@ def cram() -> dict[str, Any]:
 
 
 def train() -> dict[str, Any]:
-    """The type of what each training makes, with and without an encoder of the model's own."""
+    """The type of encoder that each training makes, with and without the model's own encoder."""
     from conftest import build
     from memvec.cramming.recipe import Recipe
     from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
@@ -322,7 +322,7 @@ def train() -> dict[str, Any]:
 
 
 def split() -> dict[str, Any]:
-    """A model whose second half and untied head are on a second device, as accelerate has it."""
+    """A model whose second half and untied head accelerate has put on a second device."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
     from conftest import build
@@ -355,7 +355,7 @@ def split() -> dict[str, Any]:
 
 
 def mixed() -> dict[str, Any]:
-    """What the pretence refuses and counts."""
+    """The operations on two devices that raise, and the waits of reading one number."""
     with Mode():
         row = torch.ones(3, device="gpu:0")
         refused = []

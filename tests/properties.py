@@ -1,4 +1,4 @@
-"""Properties that recipes of several files have to show, each written once."""
+"""Checks of properties of recipes, used by tests in several files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memvec.passages.passage import Passage
 
 
 def exact_as_measured(lm: FrozenLM, recipe: Recipe) -> None:
-    """What is called exact is decoded from the vectors that were returned."""
+    """The vectors of an outcome that is called exact decode to its passage."""
     asked = passages(3, 2, 4, seed=6)
     outcomes = {o.passage.ids: o for o in Engine(lm, recipe, vectors=2, batch_size=3).run(asked)}
     assert sum(o.exact for o in outcomes.values()) >= 2
@@ -47,14 +47,15 @@ def paths(engine: Engine, asked: Iterable[Passage]) -> dict[Passage, Tensor]:
 
 
 def moves(path: Tensor) -> bool:
-    """True if a path is of several steps, and each of them changed the parameters."""
+    """True if a path has several steps and each of them changed the parameters."""
     return len(path) > 2 and bool(path[:-1].diff(dim=0).flatten(1).any(1).all())
 
 
 def alone_as_beside_others(recipe: Recipe) -> None:
-    """Bit by bit, where products keep their shape and the passage its slot.
+    """The parameters of a passage are equal bit by bit after each step, alone and beside others.
 
-    A product may round the last rows of a batch in another way than the first.
+    Products keep their shape and the passage its slot, because a product may round the last rows of
+    a batch in another way than the first.
     """
     lm, asked = tiny(), passages(4, 4, 4, seed=5)
     few = replace(recipe, steps=12, margin=1e3)

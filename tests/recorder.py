@@ -1,12 +1,12 @@
-"""A stand-in for CUDA graphs on a CPU: operators are noted with the tensors that they read and
-wrote.
+"""A substitute for CUDA graphs on a CPU: it records operators with the tensors that they read and
+write.
 
-As on a GPU, a replay knows no Python: it repeats the operators on the very tensors of the capture,
-so that an input that is not copied into its place is the old one. It is stricter in three ways:
+As on a GPU, a replay runs no Python code. It repeats the operators on the tensors of the capture,
+so an input that is not copied into its place keeps its old values. Three rules make errors visible:
 
-- what a capture computed is overwritten with NaN, for on a GPU nothing is computed then;
+- what a capture computed is overwritten with NaN, because a GPU computes nothing in a capture;
 - so is, at each replay, everything that other graphs of the pool made and this one does not read;
-- what would make a GPU wait, or copy from the computer's memory, raises as CUDA does.
+- an operator that makes a GPU wait, or copies from the computer's memory, raises as CUDA does.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Tape(NoWaiting):
 
 
 class Recorder:
-    """What `memvec.graphs.BACKENDS` may hold for the CPU."""
+    """The entry of `memvec.graphs.BACKENDS` for the CPU."""
 
-    made: list[Recorder] = []  # noqa: RUF012  (those of a test, which empties it)
+    made: list[Recorder] = []  # noqa: RUF012  (those of one test, which empties the list)
 
     def __init__(self, device: torch.device) -> None:
         self.tapes: list[Tape] = []
@@ -113,7 +113,7 @@ class Recorder:
                     other.poison()
             tape.play()
 
-        # What a backward pass reads must be there while it is captured, but never as it was then.
+        # A backward pass reads these tensors while it is captured; a replay must write them anew.
         with torch.no_grad():
             tape.poison()
         return replay, outputs

@@ -46,7 +46,7 @@ def sentences(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_library_names_no_options():
+def test_errors_of_the_library_name_no_options_of_the_command():
     named = []
     for path in LIBRARY:
         for sentence in sentences(path):
@@ -57,14 +57,14 @@ def test_the_library_names_no_options():
     assert named == []
 
 
-def test_every_translated_argument_is_in_a_sentence_and_every_option_in_a_verb():
+def test_every_translated_argument_is_in_the_library_and_every_option_in_a_verb():
     source = "\n".join(path.read_text("utf-8") for path in LIBRARY)
     for argument, option in WRITTEN.items():
         assert argument in source
         assert option.split()[0] in OPTIONS
 
 
-def test_every_argument_with_a_value_in_a_sentence_is_translated():
+def test_every_argument_with_a_value_in_an_error_is_translated():
     value = re.compile(r"(?<![\w'])[a-z_]+=(?:True|False|[A-Z]+|'[^']+')(?![\w'])")
     named = {found for path in LIBRARY for s in sentences(path) for found in value.findall(s)}
     of_parts = {"kind='soft'", "file='letter.mem.safetensors'"}  # that a recipe names
@@ -87,7 +87,7 @@ def test_arguments_become_options(sentence, printed):
     assert as_options(sentence, OPTIONS) == printed
 
 
-def test_a_python_caller_reads_the_names_of_arguments(mem, tmp_path):
+def test_errors_in_python_name_arguments(mem, tmp_path):
     with pytest.raises(MemvecError, match=r"^batch_size must be at least 1, not 0\.$"):
         memvec.cram(reader(), "a", batch_size=0)
     with pytest.raises(MemvecError, match=r"^examples must be at least 0, not -1\.$"):
@@ -102,7 +102,7 @@ def test_a_python_caller_reads_the_names_of_arguments(mem, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_prints_the_names_of_options(mem, tmp_path, command):
+def test_errors_of_the_command_name_options(mem, tmp_path, command):
     (tmp_path / "a.txt").write_text("The fox.")
     (tmp_path / "latin.txt").write_bytes("Füchse".encode("latin-1"))
     mem.save(tmp_path / "a.mem")

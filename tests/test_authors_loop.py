@@ -1,10 +1,10 @@
-"""The published loop to its end, for one passage in plain PyTorch, against the preset `paper`.
+"""The preset `paper` against the published loop, here for one passage in plain PyTorch.
 
-Written from the description of `train.py` and `model.py` (Kuratov et al. 2025): vectors in front of
-the tokens that the tokenizer gives, what the last vector predicts thrown away, the mean
-cross-entropy of all tokens but the first, AdamW; after each backward pass a step, and the vectors
-*after* that step kept where the accuracy was better than ever. It ends when all tokens are right,
-after 2000 iterations without better accuracy, or after 5000.
+`published_loop` follows the description of `train.py` and `model.py` (Kuratov et al. 2025). The
+vectors are in front of the tokens that the tokenizer gives. The loss is the mean cross-entropy of
+all tokens but the first. AdamW makes a step after each backward pass. If the accuracy is better
+than in all earlier iterations, the loop keeps the vectors *after* that step. It ends when all
+tokens are right, after 2000 iterations without better accuracy, or after 5000.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Published:
 def published_loop(
     lm: FrozenLM, tokens: list[int], first: Tensor, iterations: int, patience: int
 ) -> Published:
-    """`tokens` begin with a BOS where the tokenizer adds one; `first` (K, D) are the vectors."""
+    """`tokens` begin with a BOS if the tokenizer adds one; `first` (K, D) are the first vectors."""
     table, K = torch.tensor([tokens]), len(first)
 
     def measured(logits: Tensor) -> tuple[Tensor, float]:
@@ -91,9 +91,9 @@ def engine_run(lm, recipe, asked, K, slots):
     return {o.passage.ids: o for o in engine.run(asked)}, curves
 
 
-# What follows the vectors: a BOS where the family's tokenizers add one, else the first token. AdamW
-# makes rounding grow: with three vectors the published loop itself, begun 1e-7 beside its start, is
-# 1e-4 (Llama) and 4e-3 nats (Mamba) from its own curve within 130 steps. So runs are short here.
+# A BOS follows the vectors if the family's tokenizers add one, else the first token. AdamW makes
+# rounding grow: with three vectors, two published loops whose starts differ by 1e-7 differ by 1e-4
+# (Llama) and 4e-3 nats (Mamba) within 130 steps. So runs are short here.
 @pytest.mark.parametrize(
     ("family", "rule", "K", "slots"),
     [
@@ -105,8 +105,8 @@ def engine_run(lm, recipe, asked, K, slots):
         ("mamba", "first-token", 1, 2),
     ],
 )
-def test_the_engine_runs_the_published_loop_to_its_end(family, rule, K, slots):
-    """Loss curves, steps, chosen vectors and both gains; alone and in a batch."""
+def test_the_paper_preset_makes_the_steps_of_the_published_loop(family, rule, K, slots):
+    """Loss curves, steps, chosen vectors and both gains are equal, alone and in a batch."""
     lm, asked = tiny(family), passages(2, 30, 12, seed=51)
     recipe = Recipe.of("paper", start_rule=rule, patience=60, steps=99)
     outcomes, curves = engine_run(lm, recipe, asked, K, slots)
@@ -123,9 +123,9 @@ def test_the_engine_runs_the_published_loop_to_its_end(family, rule, K, slots):
         ends.add("steps" if ours.steps == 99 else ours.status)
         measures, predicted = ours.metrics, L - 1
         assert measures.predicted == predicted
-        if theirs.measured is not None:  # with none right at any time they keep nothing
+        if theirs.measured is not None:  # the loop keeps nothing if no token was ever right
             torch.testing.assert_close(ours.vectors, theirs.measured, rtol=0, atol=5e-4)
-            # They keep the vectors of one step later, which nobody measured.
+            # The published loop keeps the vectors of one step later, which it did not measure.
             assert float((theirs.best_memory - ours.vectors).abs().max()) > 1e-3
         gain = (max(theirs.accuracies) - theirs.original_accuracy) * predicted
         assert measures.token_gain == pytest.approx(gain, abs=1e-3)
@@ -134,14 +134,14 @@ def test_the_engine_runs_the_published_loop_to_its_end(family, rule, K, slots):
         best = theirs.losses[theirs.accuracies.index(max(theirs.accuracies))]
         nats = (theirs.original_loss - best) * predicted
         assert measures.information_gain == pytest.approx(nats / LN2, abs=1e-3 * L)
-    assert len(ends) > 1, ends  # not all of them end in the same way
+    assert len(ends) > 1, ends  # the two passages end in different ways
 
 
 @pytest.mark.slow
 def test_the_unchanged_preset_ends_as_published():
-    """A passage that comes right, and one that is given up after 2000 iterations without it.
+    """One passage becomes exact; the other stops after 2000 iterations without better accuracy.
 
-    With one layer, for these are two thousand steps of two loops.
+    The model has one layer, because two loops make two thousand steps each.
     """
     lm = FrozenLM(build("gpt-neox", num_hidden_layers=1), name="one layer")
     asked = passages(4, 40, seed=60)
@@ -156,8 +156,8 @@ def test_the_unchanged_preset_ends_as_published():
         assert min(curves[passage.ids]) == pytest.approx(min(theirs.losses), abs=2e-3)
 
 
-def test_a_passage_that_does_not_decode_ends_with_its_vectors(monkeypatch):
-    """The paper decodes nothing: no larger margin is asked for, and nothing is crammed on."""
+def test_the_paper_preset_stops_although_a_passage_does_not_decode(monkeypatch):
+    """The paper does not decode, so its preset raises no margin; with `raise-margin` it does."""
     lm, asked = tiny(), passages(4, 5, seed=52)
 
     def wrong(lm, vectors, lengths, **_):

@@ -1,4 +1,4 @@
-"""Big models: less memory for the same numbers, loading options, and an estimate that holds."""
+"""Big models: options that save memory and change no number, loading, and estimates of memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FAMILIES = ["llama", "gpt-neox", "gpt2", "gemma2", "mixtral", "falcon-h1", "opt-
 
 
 def gradient(lm: FrozenLM) -> tuple[torch.Tensor, int]:
-    """The gradient at two vectors in front of 24 tokens, and the bytes kept for it."""
+    """The gradient of two vectors in front of 24 tokens, and the bytes that autograd keeps."""
     ids = torch.tensor([p.ids for p in passages(24, 24)])
     vectors = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(0))
     vectors.requires_grad_()
@@ -60,8 +60,8 @@ def gradient(lm: FrozenLM) -> tuple[torch.Tensor, int]:
     return torch.autograd.grad(states.square().sum(), vectors)[0], kept()
 
 
-def test_measuring_what_is_kept_keeps_nothing():
-    """Every cram measures it: a tensor left behind would be one more for each call."""
+def test_measuring_the_kept_bytes_leaves_no_tensor_behind():
+    """Every cram measures these bytes, so a tensor left behind would add up."""
     lm = tiny()
 
     def tensors() -> int:
@@ -75,7 +75,7 @@ def test_measuring_what_is_kept_keeps_nothing():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_computing_layers_again_gives_the_same_gradient(family):
+def test_checkpointing_gives_the_same_gradient_in_less_memory(family):
     plain, spared = tiny(family), FrozenLM(build(family), name=family, checkpointing=True)
     truth, whole = gradient(plain)
     found, kept = gradient(spared)
@@ -91,8 +91,8 @@ def test_offloading_gives_the_same_gradient(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama3.2"])
-def test_offloading_leaves_weights_where_they_are(family, monkeypatch):
-    """And everything else goes: what autograd then holds is weights and copies."""
+def test_offloading_copies_no_weights(family, monkeypatch):
+    """Autograd keeps weights as well as activations; only the latter are copied."""
     lm, copied = FrozenLM(build(family), name=family, offload=True), []
     empty_like = torch.empty_like
 
@@ -108,7 +108,7 @@ def test_offloading_leaves_weights_where_they_are(family, monkeypatch):
 
 
 def test_offloading_to_pinned_memory_makes_no_gpu_wait():
-    """Not one copy of the hundreds of a step, there or back."""
+    """Every copy of a forward pass to pinned memory is non-blocking."""
     lm, copies = FrozenLM(build("llama"), name="pinned"), []
 
     class Watching(TorchDispatchMode):
@@ -128,8 +128,8 @@ def test_offloading_to_pinned_memory_makes_no_gpu_wait():
     assert copies == [True] * len(pinned)
 
 
-def test_a_layer_that_was_given_a_forward_keeps_it():
-    """accelerate moves data between devices in a forward of the layer's own."""
+def test_checkpointing_keeps_a_forward_that_a_layer_was_given():
+    """accelerate sets such a forward on a layer, which moves data between devices."""
     lm = FrozenLM(build("llama"), name="moved", checkpointing=True)
     called, layers = [], layers_of(lm.model)
     first, forward = layers[0], layers[0].forward
@@ -146,7 +146,7 @@ def test_a_layer_that_was_given_a_forward_keeps_it():
     assert not any("forward" in vars(layer) for layer in layers[1:])
 
 
-def test_passages_come_back_with_little_memory():
+def test_checkpointing_and_offloading_change_no_vectors():
     lm = FrozenLM(build("llama"), name="both", checkpointing=True, offload=True)
     asked = passages(2, 3)
     plain = list(Engine(tiny(), QUICK, vectors=2, batch_size=2).run(asked))
@@ -156,7 +156,7 @@ def test_passages_come_back_with_little_memory():
         assert torch.equal(a.vectors, b.vectors)
 
 
-def test_a_model_without_known_layers_says_so(monkeypatch):
+def test_checkpointing_without_known_layers_is_refused(monkeypatch):
     model = build("llama")
     monkeypatch.setattr("memvec.model.large.layers_of", lambda _: [])
     with pytest.raises(MemvecError, match="not marked for checkpointing"), recomputed(model):
@@ -181,7 +181,7 @@ def test_a_model_without_known_layers_says_so(monkeypatch):
         ),
     ],
 )
-def test_what_is_missing_is_named(folder, monkeypatch, options, sentence):
+def test_a_missing_package_is_named(folder, monkeypatch, options, sentence):
     there = importlib.util.find_spec
     gone = ("accelerate", "bitsandbytes", "torchao")
     monkeypatch.setattr(
@@ -199,8 +199,8 @@ def test_what_is_missing_is_named(folder, monkeypatch, options, sentence):
         ("cuda:1", "auto", "auto"),
     ],
 )
-def test_weights_in_few_bits_are_made_where_they_stay(device, device_map, expected):
-    """On a CPU they need no map, nor the package that reads one."""
+def test_quantized_weights_are_loaded_on_their_device(device, device_map, expected):
+    """On a CPU this needs no device map, and so no accelerate."""
     pytest.importorskip("torchao")
     pytest.importorskip("accelerate")
     options = loading_options(device_map, "8bit", torch.float32, torch.device(device))
@@ -219,8 +219,8 @@ def test_weights_in_few_bits_are_made_where_they_stay(device, device_map, expect
         ({"": "disk"}, True),
     ],
 )
-def test_weights_beside_the_gpus_are_refused(places, spilled):
-    """Cramming would keep a copy of them on the GPU until the backward pass, and say nothing."""
+def test_a_device_map_that_leaves_weights_off_the_gpus_is_refused(places, spilled):
+    """Cramming would silently keep a copy of these weights on the GPU until the backward pass."""
     model = torch.nn.Linear(1, 1)
     if places:
         model.hf_device_map = places
@@ -242,8 +242,8 @@ def test_a_device_map_loads_the_same_model(folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("bits", "dtype"), [("8bit", torch.float32), ("4bit", torch.bfloat16)])
-def test_autograd_keeps_no_wide_weights_of_quantized_layers(bits, dtype):
-    """Else a step would take more memory than the model that was to be made smaller."""
+def test_autograd_keeps_no_dequantized_weights(bits, dtype):
+    """With them a step would take more memory than the weights before quantization."""
     quantize_ = pytest.importorskip("torchao.quantization").quantize_
     model = build("llama").to(dtype)
     options = loading_options(None, bits, dtype, torch.device("cpu"))
@@ -270,8 +270,8 @@ def test_autograd_keeps_no_wide_weights_of_quantized_layers(bits, dtype):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_in_few_bits_cram_and_come_back(folder, tmp_path, bits, dtype):
-    """Batched, stored, read again with the same weights; another model's weights are refused."""
+def test_a_quantized_model_crams_and_decodes(folder, tmp_path, bits, dtype):
+    """In a batch, alone, and from a file, which the same model without quantization refuses."""
     pytest.importorskip("torchao")
     plain = load_lm(str(folder), dtype=dtype)
     lm = load_lm(str(folder), dtype=dtype, quantize=bits)
@@ -292,7 +292,7 @@ def test_weights_in_few_bits_cram_and_come_back(folder, tmp_path, bits, dtype):
 
 
 def sized(kind: str, layers: int = 6) -> transformers.PretrainedConfig:
-    """Large enough for one part not to drown in another, small enough for a test."""
+    """A configuration in which no part of the memory is negligible, small enough for a test."""
     common = {
         "vocab_size": 64,
         "hidden_size": 64,
@@ -343,8 +343,8 @@ def test_channels_through_norms_are_those_of_a_layer(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SIZED)
-def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
-    """The slope in layers: everything else is the same for a model of fewer layers."""
+def test_the_estimate_of_a_layer_is_what_autograd_keeps(kind, dtype):
+    """The difference between models of 6 and 2 layers is what 4 layers keep."""
     kept = {}
     for layers in (2, 6):
         model = transformers.AutoModelForCausalLM.from_config(sized(kind, layers)).to(dtype).eval()
@@ -357,8 +357,8 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SIZED)
-def test_a_step_takes_the_memory_that_was_estimated(kind, dtype, checkpointing, monkeypatch):
-    """Whole steps of an engine, by torch's own count, from the loaded model and its options."""
+def test_a_step_takes_the_estimated_memory(kind, dtype, checkpointing, monkeypatch):
+    """Whole steps of an engine, as torch counts their tensors."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     from memory import peak_tensors
     from peak import estimates, works
@@ -366,11 +366,11 @@ def test_a_step_takes_the_memory_that_was_estimated(kind, dtype, checkpointing, 
     model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
     lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
     step = works(lm, batch_size=8, T=96)["step"]
-    step()  # what the first one sets up is nobody's
+    step()  # the first step also sets up what later steps use
     assert estimates(lm, batch_size=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
 
 
-def test_parameters_are_added_up():
+def test_the_parameters_of_a_configuration_are_counted():
     for kind in ("llama", "gpt-neox", "qwen2"):
         config = sized(kind)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -379,7 +379,7 @@ def test_parameters_are_added_up():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "jamba", "deepseek-v3", "llama"])
-def test_all_experts_take_memory_and_those_that_are_read_take_time(family, tmp_path):
+def test_all_experts_count_as_memory_and_active_experts_as_time(family, tmp_path):
     lm = tiny(family)
     lm.config.save_pretrained(tmp_path)
     facts, sizes = facts_of_name(str(tmp_path)), dict(lm.model.named_parameters())
@@ -425,13 +425,13 @@ def test_the_estimate_has_the_rounded_weights_that_autocast_keeps():
     assert estimate(facts, batch_size=1, tokens=4).weights == facts.weights + facts.copies
     lm.checkpointing = True
     assert facts_of(lm, 4).copies == facts_of(tiny(), 4).copies == 0
-    much = replace(facts, copies=1e15)  # what is left for slots is counted without them
+    much = replace(facts, copies=1e15)  # copies leave less memory for slots
     assert default_batch_size(lm, 4, facts=much) == 1 < default_batch_size(lm, 4, facts=facts)
 
 
 @pytest.mark.parametrize(("tokens", "vectors"), [(4, 1), (32, 1), (60, 4), (511, 1), (4000, 8)])
-def test_a_gpu_gets_as_many_slots_as_it_needs_to_be_busy(monkeypatch, tokens, vectors):
-    """Where its memory holds them; a CPU is busy with 32."""
+def test_a_gpu_gets_enough_slots_to_be_busy(monkeypatch, tokens, vectors):
+    """The slots must fit in its memory; a CPU gets at most 32."""
     lm = tiny()
     facts = facts_of_config(LLAMA_8B, 2)
     on_gpu = copy(lm)
@@ -449,7 +449,7 @@ def test_a_gpu_gets_as_many_slots_as_it_needs_to_be_busy(monkeypatch, tokens, ve
 
 @pytest.mark.parametrize("batch_size", [1, 64, 1024])
 def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
-    """Beyond a chunk, only the states that the logits are made of grow with the slots."""
+    """Beyond one chunk of logits, only the hidden states grow with the slots."""
     facts = facts_of_config(LLAMA_8B, 2)
     part = estimate(facts, batch_size=batch_size, tokens=64)
     states = 3 * batch_size * 64 * facts.hidden * facts.number
@@ -458,14 +458,14 @@ def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
 
 
 @pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "max_sequence_length"])
-def test_a_spec_knows_the_context_that_a_loaded_model_has(name):
+def test_a_configuration_gives_the_context_of_the_loaded_model(name):
     config = transformers.PretrainedConfig(hidden_size=8, num_hidden_layers=1, **{name: 64})
     assert facts_of_config(config, 2).context == context_length(config) == 64
 
 
 @pytest.mark.parametrize("family", ["gemma4", "llama", "gpt2", "mamba"])
-def test_settings_of_a_model_with_layers_of_their_own_are_the_largest(family):
-    """transformers refuses such a setting of the whole model, but layers have it."""
+def test_a_setting_that_differs_between_layers_is_the_largest(family):
+    """transformers raises if such a setting is read from the configuration of the whole model."""
     config = build(family).config
     facts = facts_of_config(config, 4)
     if family == "gemma4" and hasattr(config, "per_layer_config"):  # newer releases
@@ -476,6 +476,6 @@ def test_settings_of_a_model_with_layers_of_their_own_are_the_largest(family):
     assert setting(config, "nothing") is None
 
 
-def test_time_is_operations_over_speed():
+def test_hours_are_operations_divided_by_speed():
     facts = facts_of_config(LLAMA_8B, 2)
     assert hours(facts, 1000.0, flops=facts.parameters) == pytest.approx(4000 / 3600)

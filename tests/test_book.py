@@ -1,4 +1,4 @@
-"""A whole book in blocks, and how many vectors it needs."""
+"""The source and the protocol `book`: a whole text in blocks, and how many vectors it needs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_blocks_joined_are_the_beginning_of_the_text(base: Path) -> None:
     assert "source missing" in str(WholeBook(path="none.txt").missing(base))
 
 
-def test_a_study_says_how_many_vectors_the_text_needs(
+def test_a_study_reports_how_many_vectors_the_text_needs(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -79,7 +79,7 @@ def test_a_study_says_how_many_vectors_the_text_needs(
         assert row[13] == (math.ceil(119203 / rate) if rate else None)
 
 
-def test_tokens_per_vector_are_over_k() -> None:
+def test_tokens_per_vector_are_the_horizon_divided_by_k() -> None:
     rows = pd.DataFrame({"horizon": [8, 4], "vectors": [2, 2]})
     assert tokens_per_vector(rows).value == 3
     assert tokens_per_vector(rows).low == 2

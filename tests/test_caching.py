@@ -1,4 +1,4 @@
-"""The cache: asked of the model, compared with whole forwards, and never given up in silence."""
+"""The model's cache: how memvec finds it, its logits, and the warning where there is none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CACHED = sorted((FAMILIES.keys() | ALSO.keys()) - set(WITHOUT_CACHE) - REFUSED -
 
 
 class Hidden(nn.Module):
-    """A tiny Llama that has a cache, under a name that nobody knows."""
+    """A tiny Llama that has a cache, as an argument whose name memvec does not know."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("family", CACHED)
-def test_no_family_loses_its_cache(family):
-    """Whatever the installed transformers calls it; this fails if a release renames it again."""
+def test_the_cache_of_every_family_is_used(family):
+    """Releases of transformers have renamed the argument; the test fails if one does so again."""
     lm = tiny(family)
     assert lm.caching.reason is None
     assert lm.caching.argument in NAMES
@@ -51,7 +51,7 @@ def test_no_family_loses_its_cache(family):
 
 
 @pytest.mark.parametrize("family", WITHOUT_CACHE)
-def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
+def test_a_family_without_a_usable_cache_decodes_exactly_with_a_warning(family):
     with pytest.warns(SlowPathWarning) as warned:
         lm = FrozenLM(build(family), name=family)
     said, *others = sorted({str(w.message) for w in warned})
@@ -70,15 +70,15 @@ def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
     assert certificate["cache"] == f"none: {lm.caching.reason}"
 
 
-def test_a_listed_family_is_known_to_transformers():
-    """The list holds model types, not words that would never match."""
+def test_every_family_listed_without_a_cache_is_known_to_transformers():
+    """The list holds model types of transformers; any other word would never match."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     assert set(KEEP_NONE) <= set(CONFIG_MAPPING)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "gemma3", "jamba"])
-def test_the_cache_has_the_models_logits(family):
+def test_logits_with_the_cache_are_those_without_it(family):
     lm = tiny(family)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
     ours = cached_logits(lm.model, lm.caching.argument, lm.embed(ids[:, :2]), ids[:, 2:])
@@ -86,7 +86,7 @@ def test_the_cache_has_the_models_logits(family):
     torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3)
 
 
-def test_a_cache_that_is_not_found_is_our_error():
+def test_a_cache_that_memvec_does_not_find_is_an_error_of_memvec():
     with pytest.warns(SlowPathWarning) as warned:
         lm = FrozenLM(Hidden(), name="hidden")
     said, _ = (str(w.message) for w in warned)
@@ -120,7 +120,7 @@ def test_a_forward_that_takes_a_cache_and_returns_none_has_none():
     assert found.fault
 
 
-def test_a_model_without_any_word_of_a_cache_is_no_error_of_ours():
+def test_a_model_whose_configuration_has_no_cache_is_no_error_of_memvec():
     model = Hidden()
     model.config = types.SimpleNamespace(model_type="of-ones-own")
     model.config.get_text_config = lambda: model.config
@@ -130,7 +130,7 @@ def test_a_model_without_any_word_of_a_cache_is_no_error_of_ours():
 
 @pytest.mark.parametrize("kind", ["mean", "first"])
 def test_a_cache_that_mixes_the_rows_of_a_batch_is_not_used(kind):
-    """Right for one text, and for two that are alike: passages would not stay apart."""
+    """Its logits are right for one text and for two equal texts only."""
 
     class MixesRows(Wrong):
         def forward(self, input_ids=None, inputs_embeds=None, cache=None, use_cache=None):

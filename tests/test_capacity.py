@@ -1,4 +1,4 @@
-"""Protocols' arithmetic, each computed a second, slow way."""
+"""The arithmetic of the protocols, against values by hand or a second, slow computation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from memvec.statistics import mean_interval, share_interval
 
 
 def plane(C: float, n: int, seed: int, noise: float = 2.0) -> pd.DataFrame:
+    """Rows of n passages with H_LM of 20 to 300 bits, of which the vectors remove up to C."""
     rng = np.random.default_rng(seed)
     H = rng.uniform(20, 300, n)
     left = np.maximum(0, H - C) + np.abs(rng.normal(0, noise, n))
@@ -33,7 +34,7 @@ def plane(C: float, n: int, seed: int, noise: float = 2.0) -> pd.DataFrame:
     )
 
 
-def test_the_threshold_is_found_with_its_interval() -> None:
+def test_the_fitted_capacity_is_the_true_one() -> None:
     found = fit(plane(120, 60, 0), draws=100)
     assert found.capacity == pytest.approx(120, abs=4)
     assert found.low <= found.capacity <= found.high
@@ -41,30 +42,30 @@ def test_the_threshold_is_found_with_its_interval() -> None:
     assert found.reached
     rows = plane(120, 40, 1)
     x, y = rows["lm_bits"].to_numpy(), rows["mem_bits"].to_numpy()
-    grid = np.arange(0, 300, 0.05)  # the slow way
+    grid = np.arange(0, 300, 0.05)  # the second computation
     slow = grid[np.argmin([((y - np.maximum(0, x - c)) ** 2).sum() for c in grid])]
     assert fit_capacity(x, y) == pytest.approx(slow, abs=0.1)
 
 
-def test_a_threshold_that_was_not_reached_is_not_claimed() -> None:
+def test_a_capacity_that_no_passage_reached_is_not_claimed() -> None:
     assert not fit(plane(1000, 30, 0), draws=20).reached
     assert "undecided" in compare(plane(1000, 20, 0), plane(80, 20, 1), draws=20).verdict
 
 
-def test_bits_left_by_an_early_stop_are_not_a_threshold() -> None:
-    """Every passage comes back, with a tenth of its bits left: nothing was reached."""
+def test_bits_left_by_an_early_stop_do_not_lower_the_capacity() -> None:
+    """Every passage comes back, and 15 % of its bits are left: the capacity was not reached."""
     rows = plane(1000, 40, 3)
     rows["mem_bits"] = 0.15 * rows["lm_bits"]
     found = fit(rows, draws=20)
     assert not found.reached
-    assert found.capacity == pytest.approx(rows["lm_bits"].max())  # all that can be said
-    # The same among passages that did not come back does not move C either.
+    assert found.capacity == pytest.approx(rows["lm_bits"].max())  # a lower bound
+    # Such passages among others that did not come back do not change C either.
     mixed = plane(150, 60, 3, noise=0.5)
     mixed.loc[mixed["accuracy"] == 1, "mem_bits"] = 0.15 * mixed["lm_bits"]
     assert fit(mixed, draws=20).capacity == pytest.approx(150, abs=3)
 
 
-def test_the_claim_is_tested_both_ways() -> None:
+def test_a_difference_between_two_capacities_has_an_interval_and_a_p_value() -> None:
     same = compare(plane(100, 50, 4), plane(100, 50, 5), draws=200)
     assert same.low < 0 < same.high
     assert "no difference" in same.verdict
@@ -76,15 +77,15 @@ def test_the_claim_is_tested_both_ways() -> None:
     assert "natural text holds more" in other.verdict
 
 
-def test_a_passage_at_several_lengths_is_drawn_as_one() -> None:
-    """The same passages once more add points to the fit, and nothing to what is known."""
+def test_a_passage_at_several_lengths_is_resampled_as_one() -> None:
+    """Repeated rows of the same passages do not make the interval narrower."""
     rows = plane(120, 20, 6)
     once, twice = fit(rows, draws=50), fit(pd.concat([rows, rows]), draws=50)
     assert (twice.n, twice.passages) == (40, 20)
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
 
 
-def test_two_texts_are_drawn_apart_and_either_may_hold_more() -> None:
+def test_two_texts_are_resampled_independently_and_either_may_hold_more() -> None:
     alike = compare(plane(100, 30, 7), plane(100, 30, 7), draws=50)
     assert alike.low < 0 < alike.high
     less = compare(plane(80, 30, 7), plane(120, 30, 8), draws=50)
@@ -106,7 +107,7 @@ def test_a_raised_logit_just_reaches_the_best_other_token() -> None:
 
 
 def test_the_least_moved_probability_just_reaches_the_best_other_token() -> None:
-    """Against the definition: tokens above a common level lose what the true one gains."""
+    """By the definition, tokens above a common level lose what the true token gains."""
     p = torch.tensor([[0.05, 0.4, 0.35, 0.2], [1e-9, 1e-9, 1e-9, 1.0], [0.05, 0.35, 0.35, 0.25]])
     ids = torch.tensor([3, 3, 3])
     levels = p[:, 3] * torch.exp2(least_moved_bits(p.log(), ids))
@@ -126,7 +127,7 @@ def test_the_least_moved_probability_just_reaches_the_best_other_token() -> None
     assert bool((needed <= raised_logit_bits(bits_, margin) + 1e-9).all())
 
 
-def test_the_papers_rule_with_its_warts() -> None:
+def test_the_paper_protocol_counts_as_the_papers_code() -> None:
     rows = pd.DataFrame(
         {
             "length": [8, 8, 16, 16, 32, 32],
@@ -146,7 +147,7 @@ def test_the_papers_rule_with_its_warts() -> None:
     assert paper_result(rows).drawn
 
 
-def test_an_accuracy_of_just_the_threshold_passes_and_gains_are_of_what_did_not_fit() -> None:
+def test_an_accuracy_equal_to_the_threshold_passes_and_counts_as_unsaturated() -> None:
     rows = pd.DataFrame({"length": [8, 16], "accuracy": [1.0, 0.99], "tokens": [8, 16]})
     rows = rows.assign(token_gain=[1, 2], information_gain=[10.0, 20.0], start_rule="bos")
     found = paper_result(rows)
@@ -156,7 +157,7 @@ def test_an_accuracy_of_just_the_threshold_passes_and_gains_are_of_what_did_not_
     assert paper_result(drawn).longest == 17  # BOS counts
 
 
-def test_a_bos_is_one_of_the_papers_tokens() -> None:
+def test_a_bos_counts_as_a_token_in_the_paper_protocol() -> None:
     tokens = protocol_of("paper").tokens
     assert [tokens(64, 1, start) for start in ("bos", "first-token", "vectors")] == [63, 64, 64]
     assert tokens(1, 1, "bos") == 1
@@ -169,7 +170,7 @@ def test_a_length_after_one_that_failed_is_not_always_exact() -> None:
     assert (found.always, found.longest, found.longest_bits) == (2, 8, 9)
 
 
-def test_exact_horizons_and_their_censoring() -> None:
+def test_the_mean_horizon_is_of_the_longest_length_with_its_censored_share() -> None:
     rows = pd.DataFrame(
         {
             "length": [8, 16, 16, 16],
@@ -186,7 +187,7 @@ def test_exact_horizons_and_their_censoring() -> None:
     assert found.censored[1] > 0
 
 
-def test_scaling_is_measured_against_the_first_k() -> None:
+def test_scaling_is_relative_to_the_smallest_number_of_vectors() -> None:
     rows = pd.DataFrame(
         {
             "vectors": [1, 1, 4, 4],
@@ -203,7 +204,7 @@ def test_scaling_is_measured_against_the_first_k() -> None:
     assert (table["censored"].tolist(), table["cut"].tolist()) == ([0.5, 0.0], [0.5, 1.0])
 
 
-def test_intervals_are_students_and_wilsons() -> None:
+def test_a_mean_has_students_interval_and_a_share_wilsons() -> None:
     m = mean_interval([1.0, 2.0, 3.0])
     assert m.high - m.mean == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-5)
     assert math.isnan(mean_interval([1.0]).low)

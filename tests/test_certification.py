@@ -1,4 +1,4 @@
-"""Vectors that were changed by hand: noticed, and measured and certified again."""
+"""Vectors changed after cramming lose their certificate; `certify` gives them a new one."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_vectors_that_were_changed_are_not_exact_and_not_saved(crammed, tmp_path
 
 
 @pytest.mark.parametrize("storage", [None, *STORAGES])
-def test_the_same_vectors_are_measured_as_cramming_measured_them(crammed, storage, tmp_path):
-    """In another storage they are rounded first: then the file of these decodes as it says."""
+def test_certify_measures_unchanged_vectors_as_cramming_did(crammed, storage, tmp_path):
+    """Another storage rounds them first; the certificate is then of the rounded vectors."""
     lm, mem = crammed
     unknown = mem.with_vectors(mem.vectors, storage)
     assert unknown.storage.name == (storage or "float32")
@@ -69,8 +69,8 @@ def test_the_same_vectors_are_measured_as_cramming_measured_them(crammed, storag
         assert memvec.certify(lm, again).passages == known.passages, "the texts can be left out"
 
 
-def test_a_certificate_of_use_is_of_the_vectors_that_were_measured(crammed):
-    """Neither other vectors nor a new certificate of decoding keep it."""
+def test_a_certificate_of_use_is_lost_with_new_vectors_and_when_certified_again(crammed):
+    """A certificate of decoding that is only attached keeps the certificate of use."""
     lm, mem = crammed
     used = mem.with_use({"trigger": "bos"})
     assert used.header.use == {"trigger": "bos"}
@@ -94,7 +94,7 @@ def test_noise_that_breaks_passages_is_reported(crammed):
         memvec.certify(lm, broken, TEXTS[::-1])
 
 
-def test_a_tuned_model_certifies_the_vectors_as_its_own(crammed):
+def test_certify_with_force_accepts_a_fine_tuned_model(crammed):
     lm, mem = crammed
     tuned = deepcopy(lm.model)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_tuned_model_certifies_the_vectors_as_its_own(crammed):
 
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("vectors", ["vectors", None, [[0.0]], np.zeros((3, 2, 64))])
-def test_what_is_no_tensor_is_refused(crammed, vectors):
+def test_vectors_that_are_no_tensor_are_refused(crammed, vectors):
     _, mem = crammed
     with pytest.raises(MemvecError, match="vectors is a tensor of shape"):
         mem.with_vectors(vectors)

@@ -1,4 +1,4 @@
-"""Capacity over training: checkpoints found by a pattern, their records, the table and the fit."""
+"""The protocol `checkpoints`: capacity over training, its table, figure and fitted exponents."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def study(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_pattern_stands_for_the_folders_that_fit(checkpoints):
+def test_a_pattern_names_every_folder_that_matches(checkpoints):
     spec = parse_spec(SPEC.replace("FOLDER", str(checkpoints)), "test")
     names = [model.name for model in spec.models]
     assert names == sorted(str(path) for path in checkpoints.iterdir())
     assert len(names) == len(KEPT)
 
 
-def test_a_pattern_that_fits_nothing_is_one_sentence(tmp_path):
+def test_a_pattern_that_matches_no_model_is_refused(tmp_path):
     (tmp_path / "a-step-1").mkdir()  # no config.json: not a model
     with pytest.raises(MemvecError, match=r"test: no folder with a model fits '.*-step-\*'\.$"):
         parse_spec(SPEC.replace("FOLDER", str(tmp_path)), "test")
@@ -85,7 +85,7 @@ def test_every_column_is_recomputed(study):
     assert {"tokens", "width", "layers", "valid", "run"} <= found["worst"].keys()
 
 
-def test_a_changed_checkpoint_is_found(study, checkpoints):
+def test_the_check_of_a_study_notices_a_changed_checkpoint(study, checkpoints):
     record = checkpoints / "tiny-1-0-step-00128" / "memvec.json"
     before = record.read_text()
     record.write_text(before.replace('"tokens": 128', '"tokens": 256'))
@@ -98,7 +98,7 @@ def test_a_changed_checkpoint_is_found(study, checkpoints):
 
 
 def bits_of(lm: FrozenLM, ids: tuple[int, ...], horizon: int) -> float:
-    """What the model alone needs for the first tokens, by its own forward after BOS."""
+    """H_LM in bits of the first `horizon` tokens, by the model's own forward pass after BOS."""
     table = slow.logits(lm, None, [lm.bos_id, *ids])[:-1]
     bits, _ = slow.bits_and_margins(table, ids)
     return float(bits[:horizon].sum())
@@ -133,15 +133,15 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
         assert per_vector == pytest.approx(np.mean(means), rel=1e-4)
         assert held == pytest.approx(np.mean(lengths))
         assert bits == pytest.approx(np.mean(means) / 32, rel=1e-4)
-    assert fits.rows == []  # one width: nothing can be said about it
+    assert fits.rows == []  # one width gives no exponent
     lines = {series.name: series for series in figure.panels[0].series}
-    assert list(lines) == ["llama, D 32, L 2"]  # the others have their two ends only
+    assert list(lines) == ["llama, D 32, L 2"]  # the other run has only its first and last stage
     assert lines["llama, D 32, L 2"].x == [32.0, 64.0, 128.0]
     assert "before training" in figure.caption
 
 
 @pytest.mark.slow
-def test_lengths_and_numbers_of_vectors_do_not_share_a_stage(checkpoints, tmp_path):
+def test_each_length_and_number_of_vectors_has_rows_of_its_own(checkpoints, tmp_path):
     text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
     text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")
     out = tmp_path / "out"
@@ -175,8 +175,8 @@ def test_the_fit_finds_the_exponents_that_made_the_numbers():
     assert (fit.r_squared, fit.n) == (pytest.approx(1.0), 9)
 
 
-def test_the_intervals_of_the_fit_cover_what_they_should():
-    """About 95 of 100 intervals have the true exponent inside."""
+def test_the_intervals_of_the_fit_cover_the_true_exponent():
+    """About 95 % of the intervals do."""
     width, depth = (a.ravel().astype(float) for a in np.meshgrid([32, 64, 128], [2, 4, 8]))
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
@@ -188,7 +188,7 @@ def test_the_intervals_of_the_fit_cover_what_they_should():
 
 
 def test_the_intervals_of_the_fit_are_those_of_a_regression():
-    """The covariance by scipy, Student's t with as many degrees of freedom as are left."""
+    """The covariance is scipy's; Student's t has 3 degrees of freedom."""
     width, depth = (a.ravel().astype(float) for a in np.meshgrid([32, 64, 128], [2, 4]))
     bits = 3 * width**0.8 * np.exp(0.2 * np.random.default_rng(1).standard_normal(6))
 
@@ -205,7 +205,7 @@ def test_the_intervals_of_the_fit_are_those_of_a_regression():
         )
 
 
-def test_exponents_stand_before_training_and_at_its_end():
+def test_the_table_has_exponents_before_training_and_at_its_end():
     stages = [
         pd.DataFrame([{"family": "x", "width": D, "layers": L, "tokens": n, "bits": D**a / L}])
         for D in (32, 64)

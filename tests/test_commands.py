@@ -31,7 +31,7 @@ PAGES = [*sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern)), *
 DATED = ("log.md", "CHANGELOG.md")  # their lines of prose name options of earlier versions
 TREE = ("benchmarks/", "docs/", "examples/", "recipes/", "src/", "studies/", "tests/")
 VERBS: Any = typer.main.get_command(app)
-# What torch imports for its compiler is not ours to mend.
+# Modules that torch imports for its compiler raise this warning.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 

@@ -1,4 +1,4 @@
-"""Vectors for use in other software: one item that stands in front of any prompt."""
+"""Export of usable vectors as context: the inputs that stand in front of any prompt."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def slow_inputs(lm: FrozenLM, mem: MemVectors, scale: float, front: str) -> torc
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 @pytest.mark.parametrize("soft", [False, True])
 def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
-    """Of vectors that are read with what their header says, whatever they were crammed with."""
+    """The front and the scale are those of the file's header."""
     lm, mem = reader("words"), crammed(tmp, soft)
     header = mem.header.model_copy(update={"context_scale": scale, "front": front})
     mem = MemVectors(mem.vectors, header, mem.soft)
@@ -114,13 +114,13 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), SCALE)
     assert kept["front_vectors"] == (4 if soft else 1)
     assert set(kept["use"]["held_out"]["contexts"]) >= {"vectors", "nothing"}
-    # That control would have to be crammed.
+    # Exact-only vectors would have to be crammed first.
     assert "exact-only vectors" not in kept["use"]["held_out"]["contexts"]
     assert not list((tmp_path / "out").glob("*.py"))  # nothing there decodes passages
 
 
 @pytest.mark.slow
-def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
+def test_an_existing_folder_and_vectors_that_are_no_context_are_refused(tmp, tmp_path):
     lm, mem = reader("words"), crammed(tmp, False)
     export_context(lm, mem, target_of("npy"), tmp_path / "out")
     with pytest.raises(MemvecError, match="exists: use force=True"):
@@ -142,8 +142,8 @@ def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_context_that_would_be_read_as_other_numbers_is_not_written(tmp, tmp_path):
-    """By a bit of one number, as a loader of the target gives it."""
+def test_a_context_that_its_target_reads_as_other_numbers_is_not_written(tmp, tmp_path):
+    """Here the target's loader returns one number that differs by one bit."""
     lm, mem, target = reader("words"), crammed(tmp, False), target_of("npy")
     read = target.read
 
@@ -159,7 +159,7 @@ def test_a_context_that_would_be_read_as_other_numbers_is_not_written(tmp, tmp_p
 
 
 @pytest.mark.slow
-def test_a_context_is_certified_under_the_attention_that_others_run(tmp, tmp_path, monkeypatch):
+def test_a_context_is_certified_with_the_attention_of_other_software(tmp, tmp_path, monkeypatch):
     lm, mem, under = reader("words"), crammed(tmp, False), []
     half = FrozenLM(deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, name=lm.name)
     widen_attention(half.model)
@@ -205,6 +205,6 @@ def test_the_command_writes_a_context(command, tmp, tmp_path):
     assert torch.equal(inputs, memvec.context_inputs(lm, mem))
 
 
-def test_vectors_that_are_worse_than_none_are_said_to_be():
+def test_a_context_worse_than_none_is_reported_as_such():
     assert _kept_gain(0.5) == "keep 0.50 of the text's gain"
     assert _kept_gain(-1.894) == "are a worse context than none (-1.89 of the text's gain)"

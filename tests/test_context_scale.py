@@ -1,4 +1,4 @@
-"""context_scale: vectors that are read larger where their passage is asked for than as context."""
+"""context_scale: the factor by which usable vectors are multiplied in context mode only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TEXT = "the cat sat on the mat and the dog"
 
 @pytest.fixture(scope="module")
 def mem() -> MemVectors:
-    """An exact file of vectors that are a quarter of their size as context."""
+    """Exact vectors that are multiplied by 0.25 in context mode."""
     recipe = replace(RECIPE, context_scale=SCALE, lr=1.2)
     mem = codec.cram(reader("words"), [TEXT], vectors=2, tokens=3, recipe=recipe)
     assert mem.exact
@@ -51,7 +51,7 @@ def mem() -> MemVectors:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
-def test_context_is_smaller_and_the_passage_is_not(family):
+def test_the_scale_applies_in_context_mode_and_not_in_decoding_mode(family):
     lm, ids = tiny(family), passages(5)[0].ids
     lm = lm if lm.bos_id is not None else triggered(lm, replace(RECIPE, trigger="#3"))
     scaled = as_context_at(lm, SCALE)
@@ -69,7 +69,7 @@ def test_context_is_smaller_and_the_passage_is_not(family):
     assert fast == pytest.approx(slow, rel=1e-3, abs=1e-4)
 
 
-def test_vectors_begin_as_the_same_context():
+def test_cramming_starts_from_the_same_context_at_every_scale():
     lm = tiny()
     asked = list(passages(6, 2))
     begun = []
@@ -82,7 +82,7 @@ def test_vectors_begin_as_the_same_context():
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*begun, strict=True))
 
 
-def test_a_scale_of_one_is_no_scale():
+def test_a_scale_of_one_changes_nothing_and_is_not_recorded():
     lm = tiny()
     assert as_context_at(lm, 1.0) is lm
     assert "context_scale" not in RECIPE.record()
@@ -93,7 +93,7 @@ def test_a_scale_of_one_is_no_scale():
 
 
 @pytest.mark.slow
-def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path, capsys):
+def test_the_file_records_the_scale_and_every_reader_applies_it(mem, tmp_path, capsys):
     lm = reader("words")
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert again.header.context_scale == again.view(lm).context_scale == SCALE
@@ -111,7 +111,7 @@ def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path, capsys):
     assert isinstance(memvec.use(lm, again, " the", max_new_tokens=2), str)
 
 
-def test_its_certificate_is_that_of_smaller_vectors(mem):
+def test_the_certificate_of_use_is_that_of_vectors_times_the_scale(mem):
     lm = reader("words")
     header = mem.header.model_copy(update={"context_scale": 1.0})
     small = MemVectors(SCALE * mem.vectors.float(), header)
@@ -125,7 +125,7 @@ def test_its_certificate_is_that_of_smaller_vectors(mem):
     )
 
 
-def test_neighbours_and_contexts_of_an_evaluation_are_read_as_context(mem, tmp_path):
+def test_neighbours_and_contexts_of_an_evaluation_are_scaled(mem, tmp_path):
     lm = reader("words")
     file = mem.save(tmp_path / "n.mem")
     view = triggered(lm, replace(RECIPE, context_scale=0.5))
@@ -139,7 +139,7 @@ def test_neighbours_and_contexts_of_an_evaluation_are_read_as_context(mem, tmp_p
 
 
 @pytest.mark.slow
-def test_a_study_of_it_is_recomputed(tmp_path, monkeypatch):
+def test_a_study_with_a_scale_is_recomputed(tmp_path, monkeypatch):
     text = HEAD + USABLE.replace('trigger = "#3"', 'trigger = "#3", context_scale = 0.5')
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -151,7 +151,7 @@ def test_a_study_of_it_is_recomputed(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- bad input
 
 
-def test_what_has_no_scale_is_one_sentence():
+def test_a_scale_out_of_range_or_without_use_is_refused():
     with pytest.raises(MemvecError, match="the recipe's context_scale is for use only"):
         Recipe(context_scale=0.5)
     with pytest.raises(MemvecError, match=r"context_scale must be at least 0.001, not 0"):

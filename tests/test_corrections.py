@@ -1,4 +1,4 @@
-"""Corrections: listed tokens are put in their places, counted in bytes, and certified."""
+"""Corrections: decoding puts the listed tokens in their places; their bytes are counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = "the cat sat on the lazy dog"
 
 
 def leb128(number: int) -> bytes:
-    """The plain encoder whose length `size` counts."""
+    """The bytes of a number, whose length `size` computes without writing them."""
     out = bytearray()
     while number >= 128:
         out.append(number & 127 | 128)
@@ -53,20 +53,20 @@ def test_sizes_are_those_of_the_written_integers(seed):
     assert size(lists) == (len(written) if any(lists) else 0)
 
 
-def test_nothing_listed_costs_nothing():
+def test_passages_cost_bytes_only_if_any_of_them_has_a_correction():
     assert size([]) == size([[], []]) == 0
     assert size([[], [(0, 127)], []]) == 1 + 3 + 1
     assert size([[(128, 128)]]) == 1 + 2 + 2
 
 
-def test_wrong_ones_are_picked_first_and_one_token_is_always_left():
+def test_wrong_tokens_are_picked_first_and_one_token_is_never_listed():
     margins, ids = torch.tensor([2.0, 0.3, -1.0, 0.5, 0.0]), [10, 11, 12, 13, 14]
     assert pick(margins, ids, 0.5, 0) == ()
     assert pick(margins, ids, 0.5, 1) == ((2, 12),)
     assert pick(margins, ids, 0.5, 2) == ((2, 12), (4, 14))
     assert pick(margins, ids, 0.5, 9) == ((1, 11), (2, 12), (4, 14))
     assert pick(margins, ids, 0.0, 9) == ((2, 12), (4, 14))  # a margin of 0 is a tie
-    assert pick(margins - 9, ids, 0.5, 3) == ((0, 10), (1, 11), (2, 12))  # all wrong: the front
+    assert pick(margins - 9, ids, 0.5, 3) == ((0, 10), (1, 11), (2, 12))  # all wrong: the leading
     assert len(pick(margins - 9, ids, 0.5, 9)) == 4
     assert pick(margins.clamp_min(0.1), ids, 0.5, 1) == ((2, 12),)  # none wrong: the weakest
     assert pick(margins[1:], ids, 0.5, 1) == ((2, 12),)  # the first token was given
@@ -81,7 +81,7 @@ def test_the_table_puts_tokens_in_their_columns():
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
 def test_decoding_reads_the_corrected_token(family, rule):
-    """Against a loop with nothing but logits; the tokens after a correction depend on it."""
+    """The expected ids come from a loop over logits; tokens after a correction depend on it."""
     lm, (passage,) = tiny(family), passages(8, seed=3)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     fixed = [[(2, 5), (6, 9)], [], [(1, 3)]]
@@ -102,8 +102,8 @@ def test_decoding_reads_the_corrected_token(family, rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "storage"), [("growing", "int4"), ("whole", "float32")])
-def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage):
-    """As many steps, more tokens; and what is not listed is right with margin."""
+def test_corrections_make_a_passage_exact_that_vectors_alone_cannot_hold(schedule, storage):
+    """In the same number of steps; the tokens that are not listed reach the margin."""
     lm, asked = tiny(), passages(10, 10, seed=4)
     recipe = replace(QUICK, steps=150, schedule=schedule)
     alone = list(Engine(lm, recipe, vectors=1, storage=storage).run(asked))
@@ -126,7 +126,7 @@ def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage)
 
 
 @pytest.mark.parametrize("rule", ["vectors", "first-token"])
-def test_measured_again_with_what_is_listed(rule):
+def test_measuring_a_file_again_applies_its_corrections(rule):
     lm = reader()
     recipe = Recipe(steps=60, patience=60, corrections=3, start_rule=rule)
     mem = codec.cram(lm, [TEXT], vectors=1, tokens=6, recipe=recipe)
@@ -138,7 +138,7 @@ def test_measured_again_with_what_is_listed(rule):
         assert own.information_gain == pytest.approx(record.information_gain, abs=1e-3)
 
 
-def test_one_step_decoding_has_corrections_too():
+def test_corrections_work_with_one_step_decoding():
     lm, asked = tiny().read_as("one-step"), passages(10, 10, seed=4)
     recipe = replace(QUICK, steps=150, corrections=8)
     for o in Engine(lm, recipe, vectors=2).run(asked):
@@ -148,7 +148,7 @@ def test_one_step_decoding_has_corrections_too():
         assert decode_ids(lm, o.vectors[None], [10]) != ids
 
 
-def test_the_file_holds_its_corrections(tmp_path):
+def test_corrections_are_in_the_file_the_journal_and_the_byte_counts(tmp_path):
     lm = reader()
     recipe = Recipe(steps=200, patience=200, corrections=2)
     journal = Journal(tmp_path / "a.partial", {})
@@ -168,11 +168,11 @@ def test_the_file_holds_its_corrections(tmp_path):
     assert counts["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     with pytest.raises(MemvecError, match="has corrections, which only 'memvec decode'"):
         export(lm, mem, target_of("npy"), tmp_path / "exported")
-    # Taken up from the journal alone, they are still there.
+    # A second cram takes the passages from the journal, with their corrections.
     known = codec.cram(lm, [TEXT], journal=journal, **options)
     journal.close()
     assert [p.corrections for p in known.passages] == listed
-    # A correction that was tampered with is refused, or its passage does not hash.
+    # With a changed correction, the hash of the passage does not match.
     i = next(i for i, each in enumerate(listed) if each)
     (position, token), *_ = listed[i]
     for other in ([position, (token + 1) % V], [position, 2**31 - 1]):
@@ -196,7 +196,7 @@ def test_corrections_that_are_not_in_the_passage_are_refused(tmp_path, listed):
         PassageRecord(**record | {"corrections": listed})
 
 
-def test_on_the_command_line(command, folder, tmp_path, monkeypatch):
+def test_the_commands_write_read_and_show_corrections(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letter.txt").write_text(TEXT[:11])
     options = ["-m", folder, "--tokens", 3, "--steps", 300]
@@ -216,7 +216,7 @@ def test_on_the_command_line(command, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("layout", ["prefix", "one-step"])
 @pytest.mark.parametrize("token", [0, 1, V - 1])
 def test_any_token_of_the_vocabulary_may_be_listed(token, layout, cached):
-    """The first ones too: 0 is a token, and not 'the model's own'."""
+    """Token 0 is not read as 'no correction'."""
     lm = one_step(tiny()) if layout == "one-step" else tiny()
     vectors = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
     plain = decode_ids(lm, vectors, [6, 6], cached=cached)
@@ -230,8 +230,8 @@ def test_any_token_of_the_vocabulary_may_be_listed(token, layout, cached):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 @pytest.mark.parametrize("corrections", [0, 1, 3])
-def test_the_smallest_margin_is_that_of_what_is_not_listed(rule, corrections):
-    """Position by position, whether or not the first token is given."""
+def test_the_smallest_margin_is_of_the_tokens_that_are_not_listed(rule, corrections):
+    """Computed position by position for each start rule, with a given first token and without."""
     lm, given = tiny(), int(rule == "first-token")
     recipe = replace(QUICK, steps=40, start_rule=rule, corrections=corrections)
     listed = 0

@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, pages are in the site, sentences are those of the code.
+"""The documentation: links have targets, pages are in the site, and texts agree with the code.
 
 Only the standard library is used for links, so that they are checked wherever the tests run;
 `make docs` builds the whole site strictly.
@@ -41,7 +41,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_relative_link_and_anchor_leads_somewhere(page):
+def test_every_relative_link_and_anchor_has_a_target(page):
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -54,7 +54,7 @@ def test_every_relative_link_and_anchor_leads_somewhere(page):
             assert anchor in anchors(target), f"{page.name}: {link}"
 
 
-def test_a_link_to_nothing_is_noticed():
+def test_links_and_anchors_are_recognised():
     assert LINK.findall("see [the [mem] vector](missing.md#place)") == ["missing.md#place"]
     assert "recipe-fields" in anchors(DOCS / "cli.md")
 
@@ -66,13 +66,13 @@ def test_every_page_is_in_the_site():
     assert "font: false" in site
 
 
-def test_the_page_of_the_command_line_is_the_command_line():
+def test_the_command_line_page_is_up_to_date():
     written = runpy.run_path(str(DOCS / "cli_page.py"))["page"]()
     page = (DOCS / "cli.md").read_text("utf-8")
     assert page == written, "run: python docs/cli_page.py"
 
 
-def test_the_tables_of_the_page_of_studies_are_those_of_the_code():
+def test_the_tables_of_the_studies_page_are_up_to_date():
     written = runpy.run_path(str(DOCS / "study_page.py"))
     assert (DOCS / "studies.md").read_text("utf-8") == written["page"](), (
         "run: python docs/study_page.py"
@@ -98,7 +98,7 @@ def test_every_field_of_a_spec_has_a_meaning():
         assert key in meanings
 
 
-def test_the_python_reference_names_what_is_there():
+def test_every_name_in_the_python_reference_exists():
     """Every name is imported, without the documentation tools that `make docs` uses."""
     named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)
     assert len(named) >= 10
@@ -114,8 +114,8 @@ def source_words() -> str:
     return " ".join(re.sub(r"\{[^{}]*\}", " ", source).split())
 
 
-def test_the_sentences_of_the_errors_page_are_those_of_the_code():
-    """Of each sentence, every piece between two placeholders is in the code."""
+def test_the_sentences_of_the_errors_page_are_in_the_code():
+    """Every piece of a sentence between two placeholders is in the code."""
     source = source_words()
     page = (DOCS / "errors.md").read_text("utf-8")
     sentences = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
@@ -129,7 +129,7 @@ def test_the_sentences_of_the_errors_page_are_those_of_the_code():
     assert not missing
 
 
-def test_the_published_lengths_are_those_of_the_package():
+def test_the_published_lengths_on_the_page_are_those_of_the_package():
     data = json.loads((ROOT / "src/memvec/lab/report/published.json").read_text("utf-8"))
     names = {name.split("/")[-1].lower(): name for name in data["progressive"]["values"]}
     text = (DOCS / "related.md").read_text("utf-8")
@@ -146,12 +146,12 @@ def test_the_published_lengths_are_those_of_the_package():
         assert shown == [seed, *means, one_step], model
 
 
-def test_nothing_is_installed_by_a_name_that_no_index_has():
-    """The package of that name, if there is one tomorrow, would be someone else's."""
+def test_no_page_installs_memvec_from_a_package_index():
+    """memvec is on no index, so a package of that name would be someone else's."""
     wrong = re.compile(r"pip install [\"']?memvec")
     texts = [*DOCS.rglob("*.md"), ROOT / "README.md", *(ROOT / "src").rglob("*.py")]
     named = {str(p.relative_to(ROOT)) for p in texts if wrong.search(p.read_text("utf-8"))}
-    assert named == {"docs/log.md"} & named  # its entries are of their day
+    assert named == {"docs/log.md"} & named  # entries of the log are not changed later
 
 
 def test_examples_are_named_in_the_start_page():

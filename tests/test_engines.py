@@ -1,6 +1,6 @@
-"""Engines: the runner's protocol, what is refused before it starts, and engines that are there.
+"""Decoding in other engines: requests to the runners, what they give back, what is refused.
 
-vLLM's runners run here on a stand-in for it (engines_fake). With MEMVEC_ENGINES, a folder of the
+vLLM's runners run here with a fake `vllm` (engines_fake). If MEMVEC_ENGINES is a folder of the
 environments `vllm`, `llama.cpp` and `mlx`, the engines themselves run too.
 """
 
@@ -44,7 +44,7 @@ THERE = Path(os.environ.get("MEMVEC_ENGINES", "/nowhere"))
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with a tiny model's weights, of a family."""
+    """Saves a tiny model of a family and returns its folder."""
 
     def save(family="llama"):
         build(family).save_pretrained(tmp_path / family)
@@ -54,8 +54,8 @@ def saved(tmp_path):
 
 
 @pytest.fixture
-def stand_in(tmp_path, python):
-    """A Python in whose environment `vllm` is the stand-in."""
+def fake_vllm(tmp_path, python):
+    """A Python in whose environment `vllm` is the fake one."""
     path = tmp_path / "python"
     path.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "engines_fake"} exec {python} "$@"\n')
     path.chmod(0o755)
@@ -67,11 +67,11 @@ def stand_in(tmp_path, python):
 
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 @pytest.mark.parametrize("engine", ["transformers", "peft", "vllm", "vllm-server"])
-def test_an_engine_gives_the_passages_back(engine, rule, saved, stand_in):
+def test_an_engine_gives_the_passages_back(engine, rule, saved, fake_vllm):
     lm = tiny()
     mem = crammed(lm, rule, (*passages(2, 3), Passage((5, 1, 7))))  # 1 is the model's EOS
     version, ids = engines.decode_with(
-        engine, lm, mem, model=saved(), python=stand_in, batch=2, settings={"threads": 1}
+        engine, lm, mem, model=saved(), python=fake_vllm, batch=2, settings={"threads": 1}
     )
     assert version.startswith(engine.removesuffix("-server"))
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
@@ -95,8 +95,8 @@ def test_a_request_keeps_batches_and_plain_prompts_apart(saved, python):
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_the_answer_after_vectors_for_use_is_that_of_memvec_use(
-    engine, folder, stand_in, monkeypatch
+def test_the_answer_after_usable_vectors_is_that_of_memvec_use(
+    engine, folder, fake_vllm, monkeypatch
 ):
     lm = reader()
     recipe = Recipe.of(start_rule="bos", steps=600, patience=600)
@@ -106,7 +106,7 @@ def test_the_answer_after_vectors_for_use_is_that_of_memvec_use(
     for asked in (files[0], files):
         expected = memvec.use(lm, asked, " ran", max_new_tokens=9)
         _, text = engines.answer_with(
-            engine, lm, asked, " ran", max_new_tokens=9, model=folder, python=stand_in
+            engine, lm, asked, " ran", max_new_tokens=9, model=folder, python=fake_vllm
         )
         assert text == expected
     with pytest.raises(MemvecError, match="no passage 7"):
@@ -122,7 +122,7 @@ def test_the_answer_after_vectors_for_use_is_that_of_memvec_use(
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What engines are asked for, in place of running them; `answers` is what they give back."""
+    """No engine runs: `given` has the arguments of the calls, and `answers` what they return."""
     calls = SimpleNamespace(given=[], answers=[])
 
     def answered(*given, **named):
@@ -133,8 +133,8 @@ def asked(monkeypatch):
     return calls
 
 
-def test_an_engine_is_asked_in_batches_for_what_is_not_given(asked):
-    """A passage of its given token alone needs no engine; numbers are of the model's dtype."""
+def test_an_engine_is_asked_in_batches_for_the_tokens_that_are_not_given(asked):
+    """A passage of one given token needs no engine; vectors are rounded to the model's dtype."""
     lm = FrozenLM(build("llama").to(torch.bfloat16), name="pocket")
     mem = crammed(tiny(), "first-token", tuple(passages(2, 3, 2, 4)))
     records = list(mem.passages)
@@ -175,19 +175,19 @@ def test_an_answer_ends_before_the_first_end_of_text(asked, folder):
         engines.answer_with("vllm", lm, mem, " to", **(said | {"max_new_tokens": room + 1}))
 
 
-def test_the_chat_of_the_server_has_the_vectors_in_front_of_the_text(saved, stand_in):
+def test_the_servers_chat_puts_the_vectors_in_front_of_the_text(saved, fake_vllm):
     lm, path = tiny(), saved()
     vectors, tokens = torch.randn(2, lm.width), [3, 9, 4]
     after = lm.embed(torch.tensor(tokens)).detach()
-    asked = Prompt(vectors, tokens, 5, after, "3 9 4")  # the stand-in's tokenizer is `int`
+    asked = Prompt(vectors, tokens, 5, after, "3 9 4")  # the fake tokenizer is `int`
     found = [
-        engines.run_engine(name, stand_in, path, "float32", [asked], settings=settings).ids
+        engines.run_engine(name, fake_vllm, path, "float32", [asked], settings=settings).ids
         for name, settings in (("vllm", {}), ("vllm-server", {"chat": True}))
     ]
     assert found[0] == found[1]
     long = Prompt(vectors, tokens, 50, after)
     with pytest.raises(MemvecError, match=r"the server refused: .*too many tokens"):
-        engines.run_engine("vllm-server", stand_in, path, "float32", [long])
+        engines.run_engine("vllm-server", fake_vllm, path, "float32", [long])
 
 
 # ---------------------------------------------------------------------- wrong files
@@ -214,7 +214,7 @@ def test_vectors_of_another_width_are_refused_before_the_engine_starts(engine, s
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_a_damaged_request_is_refused_before_the_engine_is_imported(engine, tmp_path, monkeypatch):
-    """The runner's file is not there, so an import of it would say so."""
+    """The engine's runner does not exist here, so an import of it would raise another error."""
     monkeypatch.setitem(run.ENGINES, engine, "on_nothing")
     write_request(tmp_path, "nowhere", "float32", [Prompt(torch.zeros(2, 4), [], 3)], [[0]])
     prompt, request = tmp_path / "prompt-0000.npy", tmp_path / "request.json"
@@ -247,10 +247,10 @@ def test_a_damaged_request_is_refused_before_the_engine_is_imported(engine, tmp_
     request.write_text(asked[:-9])
     refused(r"no whole request\.json")
     request.write_text(asked)
-    refused("on_nothing")  # and the whole one is not
+    refused("on_nothing")  # the whole request gets as far as the import
 
 
-def test_a_request_is_of_one_width_and_finite(tmp_path):
+def test_a_request_holds_finite_vectors_of_one_width(tmp_path):
     def written(*prompts):
         write_request(tmp_path, "x", "float32", prompts, [[i] for i in range(len(prompts))])
 
@@ -281,7 +281,7 @@ def test_a_request_is_of_one_width_and_finite(tmp_path):
 # ---------------------------------------------------------------------- what an engine cannot do
 
 
-def test_a_model_that_the_engine_cannot_take_is_refused():
+def test_a_model_that_an_engine_cannot_run_is_refused():
     for engine in limits.NAMES:
         lm = tiny("gemma3", "bfloat16")
         with pytest.raises(MemvecError, match="scales"):
@@ -341,7 +341,7 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
         engines.decode_with("vllm", lm, mem, python="/no/python", batch=0)
 
 
-def test_an_engine_that_fails_says_why(tmp_path, saved, python):
+def test_the_reason_why_an_engine_fails_is_printed(tmp_path, saved, python):
     asked, folder = [Prompt(torch.zeros(1, 32), [], 1)], saved()
     with pytest.raises(MemvecError, match="did you mean 'vllm'"):
         engines.run_engine("vlm", python, folder, "float32", asked)
@@ -360,8 +360,8 @@ def test_an_engine_that_fails_says_why(tmp_path, saved, python):
 @pytest.mark.parametrize(
     ("name", "kind"), [("n_embd", "gpt2"), ("word_embed_proj_dim", "opt-projected")]
 )
-def test_the_width_is_what_the_config_calls_it(name, kind, saved, tmp_path):
-    """Also in the text part of a model of several parts."""
+def test_the_width_is_read_under_the_familys_own_name(name, kind, saved, tmp_path):
+    """In a configuration of several parts, it is that of the text part."""
     config = json.loads((saved(kind) / "config.json").read_text())
     width = config[name]
     for i, parts in enumerate((config, {"hidden_size": 5, "text_config": config})):
@@ -373,7 +373,7 @@ def test_the_width_is_what_the_config_calls_it(name, kind, saved, tmp_path):
             run._check_width(there, [Prompt(torch.zeros(2, 5), [], 1)])
 
 
-def test_the_engines_python_does_not_see_the_packages_of_this_one(monkeypatch, tmp_path):
+def test_the_engines_python_does_not_import_packages_of_this_one(monkeypatch, tmp_path):
     for name in ("PYTHONPATH", "PYTHONHOME", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("KEPT", "1")
@@ -395,7 +395,7 @@ def test_the_engines_python_does_not_see_the_packages_of_this_one(monkeypatch, t
     assert seen["words"] == ["its-python", *runner]
 
 
-def test_the_reason_is_the_error_or_what_the_runner_said_last():
+def test_the_reason_is_the_last_error_or_the_last_line_of_the_runner():
     output = "ValueError: first\nOSError: second\nleft the server\n"
     assert run._reason(1, output) == "OSError: second"
     assert run._reason(run.REFUSED, output) == "left the server"
@@ -419,7 +419,7 @@ def test_an_engine_sees_the_models_own_weights_only(saved):
     assert not alone.exists()
 
 
-def test_weights_in_several_files_are_the_models_own(tmp_path):
+def test_weights_in_several_files_are_all_the_models_own(tmp_path):
     build("llama").save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with model_alone(tmp_path) as same:
@@ -471,8 +471,8 @@ def test_weights_are_read_without_torch(dtype, tmp_path):
         assert np.array_equal(found[name], tensor.float().numpy())
 
 
-def test_neighbours_turn_as_halves_do():
-    """Turning neighbours in the new order of rows is turning halves in the old one."""
+def test_gguf_rows_in_the_order_of_neighbours_give_the_same_rotary_embedding():
+    """transformers rotates the two halves of a head; GGUF rotates pairs of neighbouring rows."""
     generator = np.random.default_rng(0)
     heads, size = 3, 8
     weight, x = generator.normal(size=(heads * size, 5)), generator.normal(size=5)
@@ -489,7 +489,7 @@ def test_neighbours_turn_as_halves_do():
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in):
+def test_the_command_certifies_in_an_engine(command, folder, tmp_path, fake_vllm):
     lm = reader()
     mem = codec.cram(lm, ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     mem.save(tmp_path / "a.mem")
@@ -497,7 +497,7 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
     ran = command(*words, "--json")  # in the Python that runs the command
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["decoded_by"].startswith("transformers ")
-    own = ["--engine-python", stand_in, "--engine-model", folder]
+    own = ["--engine-python", fake_vllm, "--engine-model", folder]
     shown = command(*words[:-1], "vllm", *own)
     assert shown.code == 0, shown.err
     assert b"vllm" in shown.out
@@ -513,7 +513,7 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
 # ---------------------------------------------------------------------- the page
 
 
-def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
+def test_the_engines_page_counts_exact_combinations_and_names_the_others(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
     from engines_page import page
 
@@ -550,7 +550,7 @@ def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
 
 
 def test_cells_of_other_numbers_of_vectors_are_kept(monkeypatch, tmp_path):
-    """A later start for one K replaces the cells of that K and leaves those of the others."""
+    """A later run for one K replaces the cells of that K and leaves those of the others."""
     monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
     from engines import keep, kept_in
 
@@ -564,11 +564,11 @@ def test_cells_of_other_numbers_of_vectors_are_kept(monkeypatch, tmp_path):
     assert kept == {1: 15, 2: 16, 8: 16}
 
 
-# ---------------------------------------------------------------------- engines that are there
+# ---------------------------------------------------------------------- installed engines
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm-server", "llama.cpp", "mlx"])
-def test_the_engine_itself(engine, tmp_path, monkeypatch):
+def test_an_installed_engine_gives_the_passages_back(engine, tmp_path, monkeypatch):
     python = THERE / engine.removesuffix("-server") / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"there is no {python}: set MEMVEC_ENGINES")

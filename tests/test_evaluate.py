@@ -1,6 +1,6 @@
-"""Evaluation: what stands for a context, answers after it, receipts, and the harness's plug-in.
+"""`memvec eval`: the inputs in place of a context, answers after them, receipts, and the harness.
 
-What needs lm-evaluation-harness is skipped without it: `make test-eval` has it.
+Tests that need lm-evaluation-harness are skipped without it; `make test-eval` installs it.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def test_context_question_and_answer_are_the_tokens_of_the_whole_text(prompt):
     assert list(sum(request, ())) == lm.tokenize(prompt + " the mat")
     assert lm.text(request.context) in split_text(prompt)[0]
     after = request_of(lm, "<s>" + prompt, " the mat")
-    assert after == request, "a start token that a template wrote is left to the column"
+    assert after == request, "the start token of a template is removed, because the column adds it"
 
 
-def test_white_space_at_the_end_of_a_prompt_is_the_answers():
+def test_white_space_at_the_end_of_a_prompt_belongs_to_the_answer():
     lm = reader()
     asked, spaced = request_of(lm, "the cat sat", " on"), request_of(lm, "the cat sat ", "on")
     assert asked == spaced
@@ -85,7 +85,7 @@ def test_white_space_at_the_end_of_a_prompt_is_the_answers():
 # ---------------------------------------------------------------------- columns
 
 
-def test_each_column_puts_its_own_in_the_context_s_place():
+def test_each_column_has_its_own_inputs_in_place_of_the_context():
     lm = tiny()
     embedded = {name: Column(lm, name, **SIZES).stand_in(IDS) for name in COLUMNS}
     bos = [lm.bos_id]
@@ -102,8 +102,8 @@ def test_each_column_puts_its_own_in_the_context_s_place():
 
 
 @pytest.mark.slow
-def test_a_context_that_does_not_fit_has_no_more_inputs_than_its_end():
-    """16 tokens in one vector are not exact: no passage is halved, which would give it more."""
+def test_a_context_that_is_not_exact_gets_no_more_vectors():
+    """16 tokens in one vector are not exact; halves would have two vectors, and so are not made."""
     lm = reader()
     text = "the quick brown fox jumps over the lazy dog and the cat sat on the mat"
     ids = tuple(lm.tokenize(text))
@@ -124,7 +124,7 @@ def test_the_passages_of_a_context_are_of_equal_length():
     assert column.pieces(()) == []
 
 
-def test_a_cache_keeps_each_passage_from_the_moment_it_is_done(tmp_path, monkeypatch):
+def test_a_cache_has_each_passage_as_soon_as_it_is_crammed(tmp_path, monkeypatch):
     lm, other = tiny(), (20, 21, 22)
     put, crammed = Journal.put, []
 
@@ -158,8 +158,8 @@ def test_a_cache_keeps_each_passage_from_the_moment_it_is_done(tmp_path, monkeyp
     assert asked[0] == other, "other sizes are other vectors"
 
 
-def test_a_cache_is_of_the_files_that_its_recipe_names(tmp_path, monkeypatch):
-    """Other questions under the same name are other vectors."""
+def test_a_cache_depends_on_the_content_of_files_that_the_recipe_names(tmp_path, monkeypatch):
+    """Other questions in a file of the same name give other vectors."""
     settings = []
     monkeypatch.setattr(columns, "Journal", lambda _, of: settings.append(of))
     monkeypatch.setattr(columns.CramJob, "cram", lambda *_: None)
@@ -179,7 +179,7 @@ def test_a_cache_is_of_the_files_that_its_recipe_names(tmp_path, monkeypatch):
         ({"tokens": 0}, "^tokens must be at least 1, not 0"),
     ],
 )
-def test_a_column_that_cannot_be_is_refused(arguments, sentence):
+def test_a_column_with_wrong_arguments_is_refused(arguments, sentence):
     with pytest.raises(MemvecError, match=sentence):
         Column(tiny(), **arguments)
 
@@ -189,13 +189,13 @@ def test_a_column_that_cannot_be_is_refused(arguments, sentence):
 
 @pytest.mark.parametrize("preset", ["usable", "usable-quick", "usable-long", "default", "paper"])
 @pytest.mark.parametrize("changes", [{}, {"front": "none"}, {"lr": 0.5, "temperature": 1.0}])
-def test_a_recipe_is_evaluated_as_it_is_asked_for(preset, changes):
-    """Whatever it leaves as a recipe has it by default: the preset of the model lies below it."""
+def test_the_harness_gets_arguments_that_give_the_same_recipe(preset, changes):
+    """The arguments change the preset `usable`, so fields at their defaults must be among them."""
     recipe = Recipe.of(preset, **changes)
     assert Recipe.of("usable", **_recipe_arguments(recipe)) == recipe
 
 
-def test_answers_of_no_token_and_of_one_are_told_apart():
+def test_answers_of_no_and_one_token_are_scored_in_any_order():
     lm = tiny()
     inputs = text_inputs(lm, [3, 4])
     asked = [EmbeddedRequest(inputs, (5,), answer) for answer in ((), (6,), (7,), (6, 7))]
@@ -234,7 +234,7 @@ def test_likelihoods_are_those_of_the_model_s_own_forward():
     assert likelihoods(lm, asked)[-1].greedy
 
 
-def test_a_text_is_written_up_to_the_first_stop():
+def test_a_generated_text_ends_at_its_first_stop_string():
     lm = reader()
     inputs = Column(lm, "full").stand_in(tuple(lm.tokenize("the cat"))).inputs
     asked = EmbeddedRequest(inputs, tuple(lm.tokenize(" sat")), ())
@@ -246,12 +246,12 @@ def test_a_text_is_written_up_to_the_first_stop():
     assert free == lm.text([token for token in own.tolist() if token != 1])
     stop = free[2:4]
     assert written(lm, asked, ("never written", stop), **settings) == free[: free.index(stop)]
-    # Two stops that the same token completes: the text ends before the one that begins first.
+    # If one token completes two stop strings, the text ends before the one that begins first.
     i = next(i for i in range(len(free) - 1) if free.index(free[i + 1]) == i + 1)
     assert written(lm, asked, (free[i + 1], free[i : i + 2]), **settings) == free[:i]
 
 
-def test_what_does_not_fit_the_model_is_refused():
+def test_a_request_that_does_not_fit_the_model_is_refused():
     lm = tiny()
     long = EmbeddedRequest(Column(lm, "full").stand_in((5,) * 130).inputs, (3,), (4,))
     sentence = (
@@ -309,11 +309,11 @@ def text(said):
         (text(""), {"exact_match": 0, "f1": 0}),
     ],
 )
-def test_scores_come_from_the_answers(changes, scores):
+def test_scores_are_computed_from_the_answers(changes, scores):
     assert receipt(**changes).scores == pytest.approx(scores)
 
 
-def test_a_table_has_n_intervals_and_the_share_that_is_kept():
+def test_a_table_has_n_an_interval_and_the_share_kept():
     nll = {"full": (1.0, 3.0), "none": (2.0, 6.0), "crammed": (1.5, 4.0)}
     rows = [
         receipt("likelihood", column, i, answers=[Answer(text="a", loglikelihood=-v, greedy=True)])
@@ -330,7 +330,7 @@ def test_a_table_has_n_intervals_and_the_share_that_is_kept():
     assert figures["acc", "full"].low == pytest.approx(0.342, abs=1e-3), "Wilson, 2 of 2"
 
 
-def test_a_table_counts_what_stood_for_the_contexts():
+def test_a_table_has_the_mean_inputs_and_the_number_of_exact_contexts():
     rows = [
         receipt("choice", "crammed", i, context_tokens=tokens, slots=slots, exact=exact)
         for i, (tokens, slots, exact) in enumerate([(7, 4, True), (12, 8, False), (5, 3, True)])
@@ -341,8 +341,8 @@ def test_a_table_counts_what_stood_for_the_contexts():
 
 
 @pytest.mark.parametrize("kind", ["choice", "likelihood"])
-def test_only_tasks_of_one_kind_are_counted_together(kind):
-    """Each document beside its own: tasks number their documents alike."""
+def test_only_tasks_of_one_kind_have_a_common_row(kind):
+    """Documents of two tasks have the same numbers and are not confused."""
     nll = {("a", "full"): 1.0, ("a", "none"): 2.0, ("a", "crammed"): 1.5}
     nll |= {("b", "full"): 4.0, ("b", "none"): 9.0, ("b", "crammed"): 5.0}
     rows = [
@@ -363,7 +363,7 @@ def test_only_tasks_of_one_kind_are_counted_together(kind):
         assert crammed.kept == pytest.approx((0.5 + 4) / (1 + 5))
 
 
-def test_receipts_are_read_again_and_a_change_is_noticed(tmp_path, command):
+def test_receipts_are_scored_again_and_a_changed_one_is_refused(tmp_path, command):
     receipts.write(tmp_path, "full", [receipt(), receipt(document=1, gold=1)])
     assert receipts.read(tmp_path) == [receipt(), receipt(document=1, gold=1)]
     ran = command("eval", "--rescore", tmp_path, "--json")
@@ -393,7 +393,7 @@ def test_receipts_of_two_runs_make_no_table(tmp_path):
         receipts.read(tmp_path)
 
 
-def test_a_column_of_other_documents_does_not_go_into_a_folder(tmp_path):
+def test_a_folder_refuses_a_column_of_other_documents(tmp_path):
     receipts.write(tmp_path, "full", [receipt(question="q")])
     with pytest.raises(MemvecError, match="document 0 of t is another one in the column"):
         receipts.write(tmp_path, "none", [receipt("choice", "none", question="p")])
@@ -404,7 +404,7 @@ def test_a_column_of_other_documents_does_not_go_into_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u0085", "\x0b", "\r"])
-def test_a_receipt_may_hold_any_sign(tmp_path, end):
+def test_a_receipt_may_hold_any_character(tmp_path, end):
     row = receipt(question=f"one{end}two")
     receipts.write(tmp_path, "full", [row])
     assert receipts.read(tmp_path) == [row]
@@ -506,8 +506,8 @@ def test_the_figures_are_those_of_the_harness(evaluated):
     assert run["model"]["recipe"]["settle"] == 3
 
 
-def test_right_answers_are_read_as_the_harness_reads_them(harness, tmp_path):
-    """Choices also asked for without a context, right answers that are no choice, or a number."""
+def test_right_answers_are_those_of_the_harness(harness, tmp_path):
+    """For choices scored also without a context, and right answers that are no choice or a text."""
     tasks = ("mutual", "outside", "pick")
     figures = evaluate(
         copy(reader()), settings(tasks=tasks, columns=("full",), receipts=tmp_path / "receipts")
@@ -526,7 +526,7 @@ def test_right_answers_are_read_as_the_harness_reads_them(harness, tmp_path):
         assert rows["outside", i].gold == (i if i < 2 else -1)
 
 
-def test_columns_of_one_run_may_come_one_after_the_other(harness, tmp_path):
+def test_columns_of_one_run_may_be_evaluated_one_after_the_other(harness, tmp_path):
     run, one = tmp_path / "run.json", {"tasks": ("finish",), "receipts": tmp_path}
     for some in (("full",), ("none", "truncated")):
         evaluate(copy(reader()), settings(columns=some, **one))
@@ -539,7 +539,7 @@ def test_columns_of_one_run_may_come_one_after_the_other(harness, tmp_path):
     assert list(json.loads(run.read_text())["harness_results"]) == ["full"]
 
 
-def test_another_run_does_not_go_into_the_same_folder(evaluated):
+def test_a_folder_refuses_another_run(evaluated):
     with pytest.raises(MemvecError, match="is of another run"):
         evaluate(copy(reader()), settings(receipts=evaluated[1] / "receipts", limit=1))
 
@@ -574,7 +574,7 @@ def test_a_second_evaluation_crams_nothing(evaluated, monkeypatch):
     what = settings(cache=out / "cache", columns=("crammed",))
 
     def drawn():
-        """Not of `random`: the checks of types draw from it in tests."""
+        """Two numbers; none is from `random`, because the type checks of the tests draw from it."""
         return float(np.random.rand()), float(torch.rand(()))
 
     for begin in (np.random.seed, torch.manual_seed):
@@ -583,12 +583,12 @@ def test_a_second_evaluation_crams_nothing(evaluated, monkeypatch):
     for begin in (np.random.seed, torch.manual_seed):
         begin(5)
     again = evaluate(copy(reader()), what)
-    assert drawn() == expected, "the caller's generators go on where they were"
+    assert drawn() == expected, "the state of the caller's generators is unchanged"
     first = [f.model_copy(update={"kept": None, "kept_interval": None}) for f in figures]
     assert again == [f for f in first if f.column == "crammed"]
 
 
-def test_a_run_is_everything_that_a_number_of_it_depends_on(harness, tmp_path, monkeypatch):
+def test_everything_that_can_change_a_number_makes_another_run(harness, tmp_path, monkeypatch):
     runs, asked, questions = [], [], tmp_path / "questions.txt"
 
     def refused(**options):
@@ -637,7 +637,7 @@ def test_a_run_is_everything_that_a_number_of_it_depends_on(harness, tmp_path, m
         ({"do_sample": True, "temperature": 0.5}, [], {"do_sample": True, "temperature": 0.5}),
     ],
 )
-def test_a_task_s_own_settings_of_what_is_written_are_kept(harness, task_settings, until, options):
+def test_a_task_s_own_settings_of_generation_are_kept(harness, task_settings, until, options):
     given = dict(task_settings)
     options = options or {"max_new_tokens": 7, "do_sample": False}
     options = {"max_new_tokens": 256, **options}
@@ -645,8 +645,10 @@ def test_a_task_s_own_settings_of_what_is_written_are_kept(harness, task_setting
     assert task_settings == given
 
 
-def test_the_full_column_is_the_harness_s_own_model(harness, folder, evaluated):
-    """After a start token, which this tokenizer does not add by itself."""
+def test_the_full_column_has_the_log_likelihoods_of_the_harness_s_own_model(
+    harness, folder, evaluated
+):
+    """Here the harness's model adds the start token, which this tokenizer does not add."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -698,7 +700,7 @@ def test_the_harness_makes_the_model_from_arguments(harness, folder):
 def test_the_harness_s_own_command_runs_the_model(harness, folder, tmp_path, monkeypatch, capsys):
     words = ["lm_eval", "--model", "memvec", "--model_args", f"pretrained={folder},context=none"]
     words += ["--tasks", "finish", "--include_path", str(TASKS), "--limit", "1"]
-    monkeypatch.setattr("sys.argv", list(words))  # the harness puts a word of its own in
+    monkeypatch.setattr("sys.argv", list(words))  # a copy, because the harness changes the list
     harness.main()
     assert "finish" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*words[:4], f"pretrained={folder},context=nine", *words[5:]])
@@ -721,7 +723,7 @@ def test_a_task_that_cannot_be_evaluated_is_refused(harness, changes, sentence):
         evaluate(copy(reader()), settings(columns=("none",), **changes))
 
 
-def test_cramming_shows_its_progress_and_what_the_harness_refuses_is_a_sentence(harness):
+def test_cramming_shows_its_progress_and_an_error_of_the_harness_is_one_sentence(harness):
     seen = []
     evaluate(reader("words"), settings(columns=("crammed",), limit=1), on_status=seen.append)
     assert {status.stage for status in seen} >= {"measuring", "cramming"}

@@ -1,7 +1,7 @@
-"""An export decodes itself: `python FOLDER/decode.py`, in an environment without memvec.
+"""The program of an export, `python FOLDER/decode.py`, decodes it in an environment without memvec.
 
-vLLM and SGLang's server have stand-ins here. llama.cpp and mlx-lm run where MEMVEC_ENGINES is a
-folder of their environments.
+vLLM and SGLang's server are fakes here. llama.cpp and mlx-lm run if MEMVEC_ENGINES is a folder of
+their environments.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def exported(target: str, folder: Path, rule: str = "vectors", dtype: torch.dtyp
 
 
 def run(folder: Path, argument: object, python: object):
-    """The program's end: exit code, the ids that it printed, the last line of what it said."""
+    """Run the program: its exit code, the ids that it printed, the last line of its errors."""
     where = {**os.environ, "PYTHONPATH": str(HERE / "engines_fake")}
     done = subprocess.run(
         [str(python), str(folder / "decode.py"), str(argument)],
@@ -61,7 +61,7 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("target", ["transformers", "peft", "vllm"])
-def test_a_folder_decodes_itself(target, rule, model, tmp_path, python):
+def test_the_program_of_an_export_decodes_it(target, rule, model, tmp_path, python):
     mem = exported(target, tmp_path / "out", rule)
     code, ids, said = run(tmp_path / "out", model, python)
     assert code == 0, said
@@ -69,7 +69,7 @@ def test_a_folder_decodes_itself(target, rule, model, tmp_path, python):
 
 
 @pytest.mark.parametrize("target", ["llama.cpp", "mlx"])
-def test_a_folder_decodes_itself_in_the_engine(target, tmp_path, monkeypatch):
+def test_the_program_of_an_export_decodes_it_in_the_installed_engine(target, tmp_path, monkeypatch):
     python = THERE / target / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"there is no {python}: set MEMVEC_ENGINES")
@@ -80,7 +80,7 @@ def test_a_folder_decodes_itself_in_the_engine(target, tmp_path, monkeypatch):
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
 
 
-def test_a_server_is_asked_with_the_bodies(tmp_path, python):
+def test_the_program_sends_the_bodies_to_a_server(tmp_path, python):
     mem = exported("sglang", tmp_path / "out", "bos", torch.bfloat16)
     lm, asked = in_dtype("llama", torch.bfloat16), []
 
@@ -115,7 +115,7 @@ def test_a_server_is_asked_with_the_bodies(tmp_path, python):
 
 @pytest.mark.parametrize("target", sorted(set(names()) - {"npy"}))
 def test_a_damaged_folder_is_refused_before_the_model_is_loaded(target, tmp_path):
-    """By `passages.py`, which every `decode.py` imports."""
+    """`passages.py`, which every `decode.py` imports, makes the checks."""
     dtype = torch.bfloat16 if target == "sglang" else torch.float32
     exported(target, tmp_path / "out", dtype=dtype)
     manifest = tmp_path / "out" / "manifest.json"
@@ -134,7 +134,9 @@ def test_a_damaged_folder_is_refused_before_the_model_is_loaded(target, tmp_path
         assert_refused(tmp_path / "out", "has no whole manifest.json: export it again.")
 
 
-def test_what_is_no_server_and_no_model_is_told(model, tmp_path, python):
+def test_an_address_without_a_server_and_a_folder_without_a_model_are_refused(
+    model, tmp_path, python
+):
     exported("sglang", tmp_path / "s", dtype=torch.bfloat16)
     for argument, why in (
         (str(model), "name the server's address"),
@@ -157,8 +159,8 @@ def assert_refused(folder: Path, why: str):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_another_model_does_not_pass(model, tmp_path, python):
-    """One of another width is refused; passages of other weights do not have their hashes."""
+def test_another_model_is_refused_or_fails_the_hashes(model, tmp_path, python):
+    """Another width is refused; with other weights the hashes of the passages do not match."""
     exported("transformers", tmp_path / "out")
     build("llama", seed=1).save_pretrained(tmp_path / "other")
     code, _, said = run(tmp_path / "out", tmp_path / "other", python)
@@ -171,7 +173,7 @@ def test_another_model_does_not_pass(model, tmp_path, python):
     assert (code, said) == (1, f"{tmp_path} is no folder of a model: it has no config.json.")
 
 
-def test_the_command_says_how(command, folder, tmp_path):
+def test_the_export_command_prints_how_to_decode(command, folder, tmp_path):
     codec.cram(reader(), ["the fox"], vectors=2, tokens=2, recipe=QUICK).save(tmp_path / "a.mem")
     words = ["export", tmp_path / "a.mem", "--model", folder]
     for target in ("transformers", "npy"):

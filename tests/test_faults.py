@@ -1,4 +1,4 @@
-"""What goes wrong around a cram: memory, interrupts, a second process. Nothing finished is lost."""
+"""Too little memory, interrupts and a second process lose no passage that is finished."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = {"vectors": 2, "tokens": 2, "recipe": QUICK}
 
 
 class Cramped:
-    """A model on a device with room for `rows` passages; more are out of memory."""
+    """A model whose forward pass raises `error` for a batch of more than `rows` passages."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> None:
         self.rows, self.failures, self.batches = rows, 0, []
@@ -72,9 +72,9 @@ def test_out_of_memory_halves_the_slots_and_goes_on(monkeypatch, rows, error):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [1, 3])
-def test_no_memory_for_new_slots_seats_fewer_passages(monkeypatch, room):
-    """At the first filling and at later ones; no passage is lost, and each gives its vectors."""
-    lm, seated = tiny(), []
+def test_no_memory_for_new_slots_fills_fewer_slots(monkeypatch, room):
+    """The slots are filled at the start and later; no passage is lost, and each is exact."""
+    lm, filled = tiny(), []
     engine = Engine(lm, QUICK, vectors=2, batch_size=6)
     fresh = type(engine.stepper.optimizer).fresh
 
@@ -82,18 +82,18 @@ def test_no_memory_for_new_slots_seats_fewer_passages(monkeypatch, room):
         taken = len(engine.jobs)
         if taken + len(parameters) > room:
             raise NO_ROOM[0]
-        seated.append(taken + len(parameters))
+        filled.append(taken + len(parameters))
         return fresh(self, parameters)
 
     monkeypatch.setattr(type(engine.stepper.optimizer), "fresh", cramped)
     outcomes = list(engine.run(passages(2, 3, 2, 3, 3, 2, 2)))
     assert sorted(o.passage.document for o in outcomes) == list(range(7))
     assert all(o.exact for o in outcomes)
-    assert max(seated) <= room
+    assert max(filled) <= room
     assert engine.batch_size <= room
 
 
-def test_no_memory_for_a_single_slot_is_a_sentence(monkeypatch):
+def test_no_memory_for_the_state_of_one_slot_is_one_sentence(monkeypatch):
     engine = Engine(tiny(), QUICK, vectors=2, batch_size=4)
 
     def cramped(self, parameters):
@@ -104,15 +104,15 @@ def test_no_memory_for_a_single_slot_is_a_sentence(monkeypatch):
         list(engine.run(passages(3, 3, 3)))
 
 
-def test_a_passage_that_never_fits_is_a_sentence(monkeypatch):
+def test_no_memory_for_a_forward_pass_of_one_passage_is_one_sentence(monkeypatch):
     cramped = Cramped(monkeypatch, 0, NO_ROOM[0])
     with pytest.raises(MemvecError, match="one passage of 3 tokens does not fit") as error:
         list(Engine(cramped.lm, QUICK, vectors=2, batch_size=4).run(passages(3, 3, 3)))
     assert "\n" not in str(error.value)
 
 
-def test_out_of_memory_later_keeps_what_was_measured(monkeypatch):
-    """Room is lost in the middle: passages go on from where they were, with their steps."""
+def test_passages_continue_after_out_of_memory(monkeypatch):
+    """After step 3 the device has room for one passage of four."""
     cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
     engine = Engine(cramped.lm, QUICK, vectors=2, batch_size=4)
 
@@ -127,8 +127,8 @@ def test_out_of_memory_later_keeps_what_was_measured(monkeypatch):
     assert all(o.steps >= 3 for o in outcomes)
 
 
-def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
-    """Room is lost at the last step of passages that will not be done."""
+def test_out_of_memory_at_the_last_step_keeps_the_longest_horizon(monkeypatch):
+    """At the last step of passages that are not exact, the device has room for one of them."""
     steps = 40
     cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
     recipe = Recipe(steps=steps, margin=0.0)
@@ -149,7 +149,7 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
         assert outcome.metrics.horizon >= measured[outcome.passage.document]
 
 
-def test_passages_that_share_a_vector_start_again_with_less_room(monkeypatch):
+def test_passages_that_share_a_vector_are_crammed_in_smaller_passes(monkeypatch):
     cramped = Cramped(monkeypatch, 1, NO_ROOM[0])
     jobs = [Job(p, QUICK.margin) for p in passages(2, 2, 2)]
     found = Shared(one_step(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
@@ -160,7 +160,7 @@ def test_passages_that_share_a_vector_start_again_with_less_room(monkeypatch):
         Shared(one_step(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
 
 
-def test_other_errors_of_the_device_are_not_memory(monkeypatch):
+def test_other_errors_of_the_device_are_not_taken_for_too_little_memory(monkeypatch):
     cramped = Cramped(monkeypatch, 0, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
         list(Engine(cramped.lm, QUICK, batch_size=2).run(passages(2, 2)))
@@ -190,7 +190,9 @@ def test_an_interrupt_during_save_leaves_the_old_file_or_none(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_an_interrupt_during_save_keeps_what_is_finished(command, folder, tmp_path, monkeypatch):
+def test_after_an_interrupt_during_save_nothing_is_crammed_again(
+    command, folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letter.txt").write_text(TEXT)
     words = ["cram", "letter.txt", "-m", folder, "--vectors", 2, "--tokens", 2, "--steps", 600]
@@ -208,7 +210,7 @@ def test_an_interrupt_during_save_keeps_what_is_finished(command, folder, tmp_pa
     push = Engine.push
     monkeypatch.setattr(Engine, "push", lambda self, p: pushed.append(p) or push(self, p))
     assert command(*words).code == 0
-    assert pushed == []  # nothing is crammed twice
+    assert pushed == []
     assert command("decode", "letter.mem").out == TEXT.encode()
 
 
@@ -223,8 +225,8 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_output(tmp_path):
-    """The second one is told, whichever process is first; a dead one holds nothing."""
+def test_a_second_process_on_the_same_output_is_refused(tmp_path):
+    """The lock of a process that was killed is gone."""
     path = tmp_path / "a.mem.partial"
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, path],

@@ -1,4 +1,4 @@
-"""How exactness and use trade: attention knocked out, subspaces of both modes, the study."""
+"""The protocol `usable`: attention knocked out by layer, directions of both modes, its report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def states(lm, vectors, ids):
 
 
 @pytest.mark.parametrize("family", KNOCKED)
-def test_without_attention_in_any_layer_the_vectors_say_nothing(family):
+def test_without_attention_to_the_vectors_in_any_layer_they_have_no_effect(family):
     lm, ids = tiny(family), list(passages(7, seed=1)[0].ids)
     one, other = vectors_of(lm), vectors_of(lm, seed=9)
     assert not torch.allclose(states(lm, one, ids), states(lm, other, ids), atol=1e-3)
@@ -58,8 +58,8 @@ def test_without_attention_in_any_layer_the_vectors_say_nothing(family):
 
 @pytest.mark.parametrize("family", KNOCKED)
 @pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
-def test_a_mask_and_attention_of_the_parts_apart_agree(family, layers):
-    """The fast path hides positions from the softmax, the slow one runs it without them."""
+def test_a_mask_agrees_with_attention_computed_without_the_vectors(family, layers):
+    """The fast path masks positions in the softmax; the slow one computes it without them."""
     lm, ids = tiny(family), list(passages(6, seed=2)[0].ids)
     vectors = vectors_of(lm)
     whole = states(lm, vectors, ids)
@@ -69,11 +69,11 @@ def test_a_mask_and_attention_of_the_parts_apart_agree(family, layers):
         split = states(lm, vectors, ids)
     torch.testing.assert_close(masked, split, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(masked, whole, atol=1e-3)
-    # Neither leaves anything behind.
+    # Both context managers restore the model.
     assert torch.equal(states(lm, vectors, ids), whole)
 
 
-def test_nothing_stays_after_when_the_model_fails():
+def test_hooks_are_removed_after_an_error():
     lm = tiny()
     before = [len(m._forward_pre_hooks) for m in attention_modules(lm)]
     with pytest.raises(ZeroDivisionError), knocked_out(lm, [0, 1], 2):
@@ -82,7 +82,7 @@ def test_nothing_stays_after_when_the_model_fails():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon-h1", "falcon-alibi", "minimax"])
-def test_a_model_that_is_not_like_llama_is_refused_in_a_sentence(family):
+def test_a_model_with_attention_unlike_llamas_is_refused(family):
     with pytest.raises(MemvecError, match="cannot be knocked out layer by layer: leave out"):
         layer_count(tiny(family))
 
@@ -90,7 +90,7 @@ def test_a_model_that_is_not_like_llama_is_refused_in_a_sentence(family):
 # ---------------------------------------------------------------------- directions
 
 
-def test_directions_are_those_of_one_gradient_at_a_time():
+def test_directions_are_the_gradients_computed_one_at_a_time():
     lm, ids = tiny(), passages(5, seed=3)[0].ids
     vectors, words = vectors_of(lm), torch.tensor([p.ids for p in passages(6, 6, seed=4)])
     text = directions.directions_of_text(lm, vectors, ids)
@@ -106,7 +106,7 @@ def test_directions_are_those_of_one_gradient_at_a_time():
     )
 
 
-def test_the_overlap_is_that_of_spans():
+def test_the_overlap_is_the_share_of_squared_length_inside_the_span():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(4, 400, generator=generator)
     mixed = torch.randn(4, 4, generator=generator) @ a
@@ -122,7 +122,7 @@ def test_the_overlap_is_that_of_spans():
     assert by_chance == pytest.approx(4 / 400, rel=0.2)
 
 
-def test_vectors_without_a_span_have_nothing_in_it():
+def test_vectors_without_a_span_have_no_component_in_it():
     a, vectors = torch.randn(3, 12), torch.randn(2, 6)
     left = directions.without(vectors, a)
     assert (a @ left.flatten()).abs().max() < 1e-4
@@ -130,8 +130,8 @@ def test_vectors_without_a_span_have_nothing_in_it():
     torch.testing.assert_close(directions.without(left, a), left)
 
 
-def test_random_directions_have_no_preference():
-    """Their span has its share of any vector, and one seed always gives the same ones."""
+def test_random_directions_are_uniform_and_depend_on_the_seed():
+    """40 of 400 dimensions have a tenth of the squared length of any vector."""
     found, again = (directions.random_directions(40, 400, 7) for _ in range(2))
     assert torch.equal(found, again)
     assert not torch.equal(found, directions.random_directions(40, 400, 8))
@@ -147,7 +147,7 @@ def test_random_directions_have_no_preference():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("usable")
-    # Long enough that some come back whole; a second recipe, and one without further measurements.
+    # Enough steps for some exact passages; a second recipe, and one without further measurements.
     text = USABLE.replace(
         "settle = 8, decay = 8, steps = 12", "settle = 60, decay = 60, steps = 200"
     )
@@ -187,7 +187,7 @@ def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
         (lambda e: e.update(layers=3), "which protocol 'usable' does not write"),
     ],
 )
-def test_the_check_sees_each_falsified_measurement(small, monkeypatch, change, sentence):
+def test_the_check_notices_each_falsified_measurement(small, monkeypatch, change, sentence):
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     extra = next(e for e in extras_of(small) if e["layers"])
     change(extra)
@@ -222,7 +222,7 @@ def test_the_report_shows_the_frontier_and_the_layers(small, tmp_path):
     assert shown.mean() == pytest.approx(sum(ours) / len(ours), rel=1e-6)
 
 
-def test_what_is_knocked_out_nowhere_is_what_the_row_says(small):
+def test_no_layer_knocked_out_gives_the_figures_of_the_row(small):
     with Store(small) as store:
         rows = store.db.execute("SELECT extra, horizon FROM rows").fetchall()
     for extra, horizon in rows:
@@ -233,7 +233,7 @@ def test_what_is_knocked_out_nowhere_is_what_the_row_says(small):
             )
 
 
-def test_both_modes_are_of_the_same_vectors():
+def test_both_modes_agree_with_their_slow_computation():
     lm, ids = tiny(), passages(5, seed=6)[0].ids
     words = torch.tensor([p.ids for p in passages(6, 6, seed=7)])
     vectors = vectors_of(lm)
@@ -257,7 +257,7 @@ def test_a_model_without_bos_is_refused():
         protocol_of("usable").extra(lm, sourced, outcome, "bos", {})
 
 
-def test_a_series_is_called_by_what_differs():
+def test_a_series_is_named_by_the_fields_that_differ():
     one = ["novels, weight 4, bos", "novels, weight 1, bos"]
     assert list(usable_figures._labels(one).values()) == ["weight 4", "weight 1"]
     several = [*one, "novels, weight 4, #1"]

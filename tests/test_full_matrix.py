@@ -1,4 +1,4 @@
-"""The optimiser with the whole matrix of the last gradients."""
+"""The default optimizer, `full-matrix`: it divides by the root of the last gradients' matrix."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def slow_direction(gradients, vector):
 @pytest.mark.parametrize("moves", [1, 2, 7, WINDOW, 2 * WINDOW + 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("first", [1, 2500])
-def test_the_direction_is_that_of_the_whole_matrix(moves, scale, first, monkeypatch):
-    """By a window that is filled in part, or has forgotten; whatever unit gradients have.
+def test_the_direction_is_that_of_the_eigenvectors_of_the_matrix(moves, scale, first, monkeypatch):
+    """The window is filled in part, or has dropped gradients; their unit does not matter.
 
-    With enough inverses for float32: what four of them cost is bounded below.
+    The sum has enough inverses for float32. The next test bounds the error of fewer.
     """
     monkeypatch.setattr(full_matrix, "INVERSES", 10)
     random = torch.Generator().manual_seed(moves)
@@ -76,7 +76,7 @@ def test_the_estimate_of_memory_counts_the_window():
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (4, 7)])
-def test_steps_are_as_long_as_nadams_and_those_of_a_passage_alone(shape):
+def test_steps_have_the_length_of_nadams_and_are_those_of_a_passage_alone(shape):
     random = torch.Generator().manual_seed(0)
     together = torch.randn(shape, generator=random)
     alone = [row[None].clone() for row in together]
@@ -96,7 +96,7 @@ def test_steps_are_as_long_as_nadams_and_those_of_a_passage_alone(shape):
             assert torch.equal(row[0], together[b])
 
 
-def test_who_stands_still_keeps_its_window_and_a_gradient_of_zeros_moves_nobody():
+def test_a_passage_that_does_not_move_keeps_its_state_and_a_zero_gradient_moves_none():
     ours, stacked = FullMatrix(RECIPE), torch.ones(2, 3, 4)
     state = ours.fresh(stacked)
     ours.step(stacked, torch.randn(2, 3, 4), state, torch.tensor([True, True]))
@@ -110,7 +110,7 @@ def test_who_stands_still_keeps_its_window_and_a_gradient_of_zeros_moves_nobody(
     assert torch.equal(stacked, before)
 
 
-def test_a_gradient_that_is_not_finite_fails_its_own_passage_only():
+def test_a_gradient_that_is_not_finite_changes_its_own_passage_only():
     ours, stacked = FullMatrix(RECIPE), torch.zeros(2, 6)
     state, gradient = ours.fresh(stacked), torch.ones(2, 6)
     gradient[0, 3] = torch.nan
@@ -121,11 +121,11 @@ def test_a_gradient_that_is_not_finite_fails_its_own_passage_only():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "gemma2", "opt-projected"])
-def test_what_is_crammed_is_exact_and_kept_as_measured(family):
+def test_crammed_passages_decode_from_the_returned_vectors(family):
     exact_as_measured(tiny(family), WHOLE)
 
 
-def test_a_passage_does_not_feel_its_neighbours(monkeypatch):
-    """Also where its window is shorter than its way."""
+def test_a_passage_does_not_depend_on_its_neighbours(monkeypatch):
+    """Also after more steps than the window has gradients."""
     monkeypatch.setattr(full_matrix, "WINDOW", 5)
     alone_as_beside_others(WHOLE)

@@ -1,9 +1,9 @@
-"""Ten thousand damaged files: each ends in a sentence or in the right text.
+"""Ten thousand damaged files: reading each one raises a MemvecError or gives the right text.
 
-Two kinds. Damage from outside (bits, bytes, lengths, truncation) meets the digest; a forger who
-writes a new digest meets the checks of every field. Both are made in memory from one good file with
-a fixed seed, and read through a file, as a person would. Nothing may hang or take a gigabyte: a
-damaged file cannot make the reader allocate what it does not itself contain.
+There are two kinds. Random damage (bits, bytes, lengths, truncation) must fail the digest. Changed
+fields under a correct digest must fail the checks of each field, or change nothing that matters.
+Both kinds are made with a fixed seed from one good file, and are read from a file. Reading must not
+take a gigabyte: a damaged file cannot make the reader allocate more than it contains.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from memvec.errors import MemvecError
 from memvec.vectors import MemVectors
 
 TEXT = "the fox"
-OUTSIDE, FORGED = 9000, 1100
-LIES: list[Any] = [
+DAMAGED, FORGED = 9000, 1100
+WRONG_VALUES: list[Any] = [
     *(
         None,
         True,
@@ -65,13 +65,13 @@ def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def joined(header: dict[str, Any], numbers: bytes) -> bytes:
-    """A file again."""
+    """The bytes of a safetensors file, from its header and its numbers."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + numbers
 
 
 def damaged(good: bytes, count: int) -> Iterator[bytes]:
-    """Damage from outside: what disks, networks and editors do, and lies about lengths."""
+    """Damage by disks, networks and editors, and wrong lengths, shapes and dtypes."""
     chance = random.Random(0)
     header, numbers = parts(good)
     lengths = [0, 1, 7, len(good), 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]
@@ -89,15 +89,24 @@ def damaged(good: bytes, count: int) -> Iterator[bytes]:
             case 6:
                 del data[at:]
             case 7:
-                lie = chance.choice(lengths) if i % 20 == 7 else chance.randrange(2 * len(good))
-                data[:8] = struct.pack("<Q", lie)
+                length = chance.choice(lengths) if i % 20 == 7 else chance.randrange(2 * len(good))
+                data[:8] = struct.pack("<Q", length)
             case 8:  # the tensor's own description
-                lied = json.loads(json.dumps(header))
+                changed = json.loads(json.dumps(header))
                 what = chance.choice(["dtype", "shape", "data_offsets"])
-                lied["vectors"][what] = chance.choice(
-                    ["F64", "I8", "BF16", "F16", *LIES, [10**9, 10**9, 64], [0, 2**62], [-4, 4]]
+                changed["vectors"][what] = chance.choice(
+                    [
+                        "F64",
+                        "I8",
+                        "BF16",
+                        "F16",
+                        *WRONG_VALUES,
+                        [10**9, 10**9, 64],
+                        [0, 2**62],
+                        [-4, 4],
+                    ]
                 )
-                data = bytearray(joined(lied, numbers))
+                data = bytearray(joined(changed, numbers))
             case 9:  # two pieces change places
                 other = chance.randrange(len(good))
                 data[at : at + n], data[other : other + n] = (
@@ -116,14 +125,14 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def forged(good: bytes, count: int) -> Iterator[bytes]:
-    """One or two fields of the JSON header changed, added or left out, under a right digest."""
+    """One or two fields of the JSON header changed, added or left out, with a correct digest."""
     chance = random.Random(1)
     header, numbers = parts(good)
-    told = header["__metadata__"]["memvec"]
+    stored = header["__metadata__"]["memvec"]
     for _ in range(count):
-        lied = json.loads(told)
+        changed = json.loads(stored)
         for _ in range(chance.choice((1, 1, 2))):
-            container, key = chance.choice(list(places(lied)))
+            container, key = chance.choice(list(places(changed)))
             if chance.random() < 0.1 and isinstance(container, dict):
                 del container[key]
             elif chance.random() < 0.1 and isinstance(container, list):
@@ -131,37 +140,37 @@ def forged(good: bytes, count: int) -> Iterator[bytes]:
             elif isinstance(container[key], int) and chance.random() < 0.5:
                 container[key] += chance.choice((-1, 1, 2, 1000))
             else:
-                container[key] = chance.choice(LIES)
-        text = json.dumps(lied)
-        said = f"vectors torch.float32 {header['vectors']['shape']}"
-        digest = hashlib.sha256((text + said).encode() + numbers).hexdigest()
+                container[key] = chance.choice(WRONG_VALUES)
+        text = json.dumps(changed)
+        described = f"vectors torch.float32 {header['vectors']['shape']}"
+        digest = hashlib.sha256((text + described).encode() + numbers).hexdigest()
         meta = {"__metadata__": {"memvec": text, "sha256": digest}, "vectors": header["vectors"]}
         yield joined(meta, numbers)
 
 
 def read(data: bytes, path: Path) -> str:
-    """What a person gets: 'refused', 'right', or what must not be."""
-    path.unlink(missing_ok=True)  # else ext4 flushes each file to the disk
+    """'refused', 'right', or a description of any other result, which is an error."""
+    path.unlink(missing_ok=True)  # otherwise ext4 flushes each file to the disk
     path.write_bytes(data)
     try:
         mem = MemVectors.load(path)
         mem.summary()
-        # Another model's name is no damage; and wrong weights would be refused by the fingerprint.
+        # Another name of the model is no error; the fingerprint refuses other weights.
         texts = codec.decode(reader(), mem)
     except MemvecError as error:
-        told = str(error)
-        return "refused" if len(told.splitlines()) == 1 else f"not a sentence: {told}"
+        message = str(error)
+        return "refused" if len(message.splitlines()) == 1 else f"not a sentence: {message}"
     return "right" if texts == [TEXT] else f"wrong: {texts}"
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_files(good, tmp_path, untyped):
+def test_ten_thousand_damaged_files_are_refused_or_read_right(good, tmp_path, untyped):
     path = tmp_path / "a.mem"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read(good, path) == "right"
-    outside = Counter(read(data, path) for data in damaged(good, OUTSIDE) if data != good)
+    outside = Counter(read(data, path) for data in damaged(good, DAMAGED) if data != good)
     assert set(outside) == {"refused"}
-    assert outside["refused"] > 0.99 * OUTSIDE
+    assert outside["refused"] > 0.99 * DAMAGED
     inside = Counter(read(data, path) for data in forged(good, FORGED))
     assert set(inside) == {"refused", "right"}
     assert inside.total() == FORGED

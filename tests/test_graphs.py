@@ -1,4 +1,4 @@
-"""Replayed steps are the steps: on a CPU through a recorder that knows fixed tensors only."""
+"""Steps replayed from CUDA graphs equal computed steps; on a CPU the recorder replaces CUDA."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from memvec.model.lm import FrozenLM
 from memvec.results import Score
 from recorder import NoWaiting, Recorder
 
-ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
+ENDLESS = Recipe(steps=12, margin=1000.0)  # no passage reaches the margin before the last step
 LENGTHS = (9, 3, 6, 2, 4)
 
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
-    """The recorder in place of CUDA; the CPU is not looked at more freely than a GPU."""
+    """The recorder in place of CUDA; numbers of the CPU are read as rarely as those of a GPU."""
     monkeypatch.setattr(metrics, "SYNCHRONOUS_DEVICES", set())
     monkeypatch.setitem(graphs.BACKENDS, "cpu", Recorder)
     monkeypatch.setattr(Recorder, "made", [])
 
 
 def watched(engine):
-    """How often each shape is computed, while it goes on."""
+    """A counter of the passes of each shape, which the engine updates while it runs."""
     shapes, passed = Counter(), engine.stepper.run_pass
 
     def counting(vectors, ids, temperature):
@@ -51,7 +51,7 @@ def watched(engine):
 
 
 def outcomes(engine, asked):
-    """All that differs from passage to passage, by its ids."""
+    """The results of each passage, by its ids."""
     return {
         o.passage.ids: (o.steps, o.spent, o.status, o.exact, o.min_mem_bits, o.vectors.tolist())
         for o in engine.run(asked)
@@ -72,8 +72,8 @@ RECIPES = {
 @pytest.mark.parametrize(("family", "K"), [("llama", 1), ("gpt2", 2)])
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.slow
-def test_replayed_steps_are_the_steps(family, K, name):
-    """Bit-equal at the same shapes, while passages of other lengths take the slots."""
+def test_replayed_steps_equal_computed_steps(family, K, name):
+    """They are equal bit for bit at the same shapes, while passages of other lengths get slots."""
     lm, asked, recipe = tiny(family), passages(*LENGTHS, seed=3), RECIPES[name]
     options = {"vectors": K, "batch_size": 2, "fixed_shapes": True, "storage": "bfloat16"}
     replayed = Engine(lm, recipe, graphs=True, **options)
@@ -82,12 +82,12 @@ def test_replayed_steps_are_the_steps(family, K, name):
     (recorder,) = Recorder.made
     again = sum(count > 1 for count in shapes.values())
     assert again >= 1
-    assert len(recorder.tapes) == 2 * again  # forward and backward of each shape that came twice
+    assert len(recorder.tapes) == 2 * again  # forward and backward of each shape that is repeated
 
 
 @pytest.mark.parametrize("poll", [1, 4])
 @pytest.mark.slow
-def test_rounded_shapes_are_few_and_replayed_as_they_are_computed(poll):
+def test_rounded_shapes_are_few_and_replayed_steps_equal_computed_ones(poll):
     lm, asked = tiny(), passages(40, 33, 21, 40, 9, 18, seed=5)
     recipe = replace(ENDLESS, look_ahead=6, margin=0.0, steps=30)
     replayed = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
@@ -105,12 +105,12 @@ def test_rows_and_columns_are_rounded_up():
     for need in range(1, 3000):
         columns = graphs.columns_for(need)
         assert need <= columns <= max(32, 1.5 * need)
-        assert columns % graphs.COLUMNS == 0  # as many as the passage would have alone, or more
+        assert columns % graphs.COLUMNS == 0
     assert len({graphs.columns_for(need) for need in range(1, 1025)}) == 12
 
 
 class Unsteady(torch.autograd.Function):
-    """Vectors whose gradient is another one each time, as where kernels add in no fixed order."""
+    """The identity with a gradient that differs each time, as of kernels that add in any order."""
 
     @staticmethod
     def forward(ctx, vectors):
@@ -121,7 +121,7 @@ class Unsteady(torch.autograd.Function):
         return gradient * (1 + 0.03 * torch.randn_like(gradient))
 
 
-def test_a_replay_may_differ_as_a_step_differs_from_itself(monkeypatch):
+def test_the_check_of_a_replay_allows_what_a_step_differs_from_itself(monkeypatch):
     """In bfloat16 with 32 layers, two backward passes on a GPU may differ by more than 2 %."""
     lm = copy(tiny())
     states = lm.states
@@ -138,8 +138,8 @@ def test_a_replay_may_differ_as_a_step_differs_from_itself(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", range(3))
 def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
-    """The vectors, the ids or the temperatures stay those of the capture: the engine says so, and
-    without its check the recorder would show it."""
+    """The vectors, the ids or the temperatures stay those of the capture. The engine's check
+    raises; without the check, the outcomes differ."""
     lm, asked = tiny(), passages(*LENGTHS, seed=3)
     recipe = replace(ENDLESS, stuck_after=2, margin=0.1)
     options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
@@ -149,7 +149,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
     def careless(self, *given):
         captured = capture(self, *given)
         kept = list(captured.inputs)
-        kept[missing] = kept[missing].detach().clone()  # copied to where nobody reads
+        kept[missing] = kept[missing].detach().clone()  # a tensor that the graph does not read
         return replace(captured, inputs=tuple(kept))
 
     monkeypatch.setattr(graphs.Graphs, "_capture", careless)
@@ -159,7 +159,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
     assert outcomes(Engine(lm, recipe, graphs=True, **options), asked) != whole
 
 
-def test_an_output_that_is_kept_is_seen_to_be_overwritten():
+def test_small_outputs_are_copies_and_large_ones_are_overwritten():
     lm = tiny()
     one = Engine(lm, ENDLESS, graphs=True).stepper
     vectors = torch.zeros(2, 1, lm.width, requires_grad=True)
@@ -168,16 +168,16 @@ def test_an_output_that_is_kept_is_seen_to_be_overwritten():
     _, first = one.run_pass(vectors, ids, temperature)
     kept, held = first.margin.clone(), first.gradient.clone()
     _, second = one.run_pass(vectors + 1, ids, temperature)
-    assert torch.equal(first.margin, kept)  # small ones are copies
+    assert torch.equal(first.margin, kept)
     assert not torch.equal(first.margin, second.margin)
-    assert not torch.equal(first.gradient, held)  # large ones hold until the next call
+    assert not torch.equal(first.gradient, held)  # valid until the next call
 
 
 # ---------------------------------------------------------------------- memory
 
 
 @pytest.mark.slow
-def test_as_many_graphs_are_kept_as_fit(monkeypatch):
+def test_at_most_max_shapes_graphs_are_kept(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_SHAPES", 1)
     lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)
     recipe = replace(ENDLESS, schedule="whole")
@@ -190,7 +190,7 @@ def test_as_many_graphs_are_kept_as_fit(monkeypatch):
     assert len(replays.captured) == 1
 
 
-def test_the_graphs_that_go_are_those_not_replayed_for_longest(monkeypatch):
+def test_the_least_recently_replayed_graph_is_dropped(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
     kept = object.__new__(graphs.Graphs)
     row = torch.zeros(1, 1)
@@ -198,14 +198,14 @@ def test_the_graphs_that_go_are_those_not_replayed_for_longest(monkeypatch):
     kept.captured, kept.seen, kept.work = {}, set(), lambda *inputs: given
     kept._capture = lambda *inputs: kept.work
     kept._check = lambda *inputs: None
-    for columns in (1, 1, 2, 2, 1, 3, 3):  # the third shape in the place of the second
+    for columns in (1, 1, 2, 2, 1, 3, 3):  # the third shape replaces the second
         kept(torch.zeros(1, 1, 4), torch.zeros(1, columns).long(), torch.ones(1))
     assert [ids[1] for _, ids in kept.captured] == [1, 3]
 
 
 @pytest.mark.slow
-def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monkeypatch):
-    """As CUDA says it: the end of the broken capture fails in its turn."""
+def test_a_capture_out_of_memory_halves_the_slots_and_drops_the_graphs(monkeypatch):
+    """As in CUDA, the end of the failed capture raises another error."""
     lm, asked, held = tiny(), passages(5, 4, 3, 5, seed=2), []
 
     class Small(Recorder):
@@ -232,7 +232,7 @@ def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monk
     assert all(output() is None for output in held)
 
 
-def test_a_certification_that_finds_no_room_goes_on_in_halves_without_the_graphs(monkeypatch):
+def test_a_certification_out_of_memory_drops_the_graphs_and_continues_in_halves(monkeypatch):
     lm, asked, captured = tiny(), passages(5, 4, 3, 5, seed=2), []
     engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
     replays, certify = engine.stepper.run_pass, engine_module.certify
@@ -247,11 +247,11 @@ def test_a_certification_that_finds_no_room_goes_on_in_halves_without_the_graphs
     found = list(engine.run(asked))
     assert {o.passage for o in found} == set(asked)
     assert {o.exact for o in found} == {True}
-    assert captured[0] > 0  # the first one, in vain
+    assert captured[0] > 0  # at the first certification, which fails
     assert captured[1] == 0
 
 
-def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
+def test_a_passage_that_cannot_be_decoded_alone_is_an_error(monkeypatch):
     def nowhere(lm, finished, *others):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -261,10 +261,10 @@ def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
         list(engine.run(passages(5, 4, 3)))
 
 
-def test_graphs_go_with_their_engine():
+def test_graphs_are_freed_with_their_engine():
     engine = Engine(tiny(), ENDLESS, graphs=True)
     replays = weakref.ref(engine.stepper.run_pass)
-    assert engine.poll == 8  # a look at the batch would cost as much as a step
+    assert engine.poll == 8  # reading the batch costs as much as a step
     assert replays() in memory.HOLDERS
     del engine
     gc.collect()
@@ -281,7 +281,7 @@ def no_graphs(lm, word, **options):
     assert str(said.value).endswith(" Leave them out.")
 
 
-def test_what_cannot_be_captured_is_said_at_once(monkeypatch):
+def test_an_engine_that_cannot_be_captured_is_refused_at_once(monkeypatch):
     no_graphs(tiny(), "reads along in the layers", term="alignment", align_layers=1)
     for name, value, word in [("offload", True, "offload"), ("quantize", "4bit", "quantized")]:
         lm = copy(tiny())
@@ -296,8 +296,8 @@ def test_what_cannot_be_captured_is_said_at_once(monkeypatch):
     no_graphs(tiny(), "CUDA graphs, and tiny-llama is on the cpu")
 
 
-def test_code_that_waits_is_named(monkeypatch):
-    """Nothing is computed wrongly: the first step is as it is, the second one says so."""
+def test_a_step_that_reads_a_number_cannot_be_captured(monkeypatch):
+    """The first step is computed; the second one, which would be captured, raises."""
     lm = copy(tiny())
     states = lm.states
 
@@ -329,7 +329,7 @@ def test_code_that_waits_is_named(monkeypatch):
     ],
 )
 @pytest.mark.slow
-def test_other_recipes_and_models_are_replayed_too(family, recipe):
+def test_steps_of_other_recipes_and_models_are_replayed(family, recipe):
     lm, asked = tiny(family), passages(*LENGTHS, seed=3)
     recipe, options = replace(ENDLESS, **recipe), {"batch_size": 2, "fixed_shapes": True}
     replayed = Engine(lm, recipe, graphs=True, **options)
@@ -339,7 +339,7 @@ def test_other_recipes_and_models_are_replayed_too(family, recipe):
 
 @pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head", "soft tokens"])
 @pytest.mark.slow
-def test_other_passes_are_replayed_too(name):
+def test_other_forward_passes_are_replayed(name):
     lm, asked = copy(tiny()), passages(*LENGTHS, seed=3)
     if name == "checkpointing":
         lm.checkpointing = True
@@ -356,7 +356,7 @@ def test_other_passes_are_replayed_too(name):
     assert Recorder.made[0].tapes
 
 
-# ---------------------------------------------------------------------- nothing waits
+# ---------------------------------------------------------------------- no waits
 
 
 @pytest.mark.slow
@@ -374,7 +374,7 @@ def test_no_step_waits_once_it_is_captured(name, storage):
             engine.step()
 
 
-def test_ties_are_counted_alike_with_and_without_a_look(monkeypatch):
+def test_ties_are_counted_alike_with_and_without_reading_numbers(monkeypatch):
     torch.manual_seed(0)
     logits = torch.randint(0, 3, (2, 50, 6)).float()  # ties everywhere
     ids = torch.randint(0, 6, (2, 50))
@@ -395,8 +395,8 @@ def test_ties_are_counted_alike_with_and_without_a_look(monkeypatch):
         ("modeling_flash_attention_utils", "_is_packed_sequence", {"batch_size": 1}, False),
     ],
 )
-def test_transformers_looks_for_packed_sequences_again_afterwards(module, name, options, single):
-    """FlashAttention looks in every layer, if a single passage is left."""
+def test_the_search_for_packed_sequences_is_off_in_a_capture_only(module, name, options, single):
+    """For a batch of one passage, FlashAttention searches in every layer, which waits."""
     module = importlib.import_module(f"transformers.{module}")
     looks, positions = getattr(module, name), torch.tensor([[0, 1, 0, 1]])
     with graphs.consecutive_positions():
@@ -414,8 +414,8 @@ def test_transformers_looks_for_packed_sequences_again_afterwards(module, name, 
     Version(transformers.__version__) < Version("5.18"),
     reason="an older transformers makes a mask in a capture: right, and slower",
 )
-def test_attention_is_as_plain_in_a_capture_as_without():
-    """No mask of all positions, which rules the flash kernel out on a GPU."""
+def test_attention_has_no_mask_in_a_capture():
+    """A mask of all positions would rule the flash kernel out on a GPU."""
     engine = Engine(tiny(), replace(ENDLESS, steps=3), graphs=True)
     list(engine.run(passages(5)))
     forward = Recorder.made[0].tapes[0]
@@ -432,12 +432,12 @@ def test_attention_is_as_plain_in_a_capture_as_without():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "gpt2"])
-def test_cuda_graphs_give_what_the_steps_give(family, dtype):
-    """Figures of single passes: over many steps, kernels that add in any order drift apart."""
+def test_cuda_graphs_equal_computed_passes(family, dtype):
+    """Single passes are compared, because kernels that add in any order differ after many steps."""
     lm = FrozenLM(build(family).cuda().to(dtype), name=f"cuda-{family}")
     one = Engine(lm, ENDLESS, vectors=2, graphs=True).stepper
     generator = torch.Generator().manual_seed(0)
-    for i in range(12):  # two shapes in turn: the first time as it is, then captured, then replayed
+    for i in range(12):  # two shapes in turn: each is computed, then captured, then replayed
         rows, columns = [(4, 9), (3, 17)][i % 2]
         vectors = torch.randn(rows, 2, lm.width, generator=generator).cuda().requires_grad_()
         ids = torch.randint(lm.vocab_size, (rows, columns), generator=generator).cuda()

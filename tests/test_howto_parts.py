@@ -1,4 +1,4 @@
-"""Every example of the page for other parts runs, and does in a run what the page says."""
+"""Every example of docs/howto/add-part.md runs, and its part does what the page says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXTS = ["the cat sat on the mat", "a dog ran"]
 
 @pytest.fixture
 def part(monkeypatch):
-    """Runs the example below a heading of the page; gives what it defines."""
+    """Runs the example below a heading of the page and returns the names that it defines."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
 
     def run(heading: str) -> dict[str, object]:
@@ -49,7 +49,7 @@ def part(monkeypatch):
         ("Space", {"space": "twice"}),
     ],
 )
-def test_an_example_crams_and_what_it_crams_decodes(part, tmp_path, heading, changes):
+def test_vectors_crammed_with_an_example_decode(part, tmp_path, heading, changes):
     part(heading)
     lm = reader()
     recipe = Recipe.of(steps=600, patience=600, **changes)
@@ -61,7 +61,7 @@ def test_an_example_crams_and_what_it_crams_decodes(part, tmp_path, heading, cha
     assert mem.vectors.shape[2] == (lm.width // 2 if heading == "Space" else lm.width)
 
 
-def test_the_queries_are_of_every_length(part):
+def test_the_queries_of_the_page_are_endings_of_several_lengths(part):
     part("Queries")
     recipe = Recipe.of(queries="endings", query_count=5, query_tokens=3)
     queries = queries_of(tiny(), (5, 6, 7, 8), recipe)
@@ -71,7 +71,7 @@ def test_the_queries_are_of_every_length(part):
 
 @pytest.fixture
 def independence(monkeypatch):
-    """Runs the check of the page of objectives for a recipe with these fields."""
+    """Runs the check of docs/howto/add-objective.md for a recipe with the given fields."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
     page = PAGE.with_name("add-objective.md").read_text("utf-8")
     section = page.split("\n## Check that passages stay independent\n")[1]
@@ -94,7 +94,7 @@ def test_the_check_of_independence_accepts_the_objective_of_the_page(independenc
 
 
 @pytest.mark.slow
-def test_the_check_of_independence_sees_an_optimizer_that_mixes_passages(independence):
+def test_the_check_of_independence_fails_for_an_optimizer_that_mixes_passages(independence):
     @memvec.register("optimizer", "mixed")
     class Mixed(NAdam):
         def step(self, parameters, gradient, state, moving, lr_scale=None):
@@ -124,14 +124,14 @@ ROW, TWO = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
         (torch.zeros(2, 5, dtype=torch.long), TWO),
     ],
 )
-def test_queries_of_another_form_are_refused_by_name(part, given):
+def test_queries_of_a_wrong_form_are_refused_with_their_name(part, given):
     memvec.register("queries", "mine")(lambda lm, ids, recipe: given)
     recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
     with pytest.raises(MemvecError, match=r"^the queries 'mine' have to be query_count \(2\) rows"):
         queries_of(tiny(), (5, 6, 7), recipe)
 
 
-def test_short_queries_are_padded_so_that_those_of_all_passages_fit_together(part):
+def test_short_queries_are_padded_to_the_length_of_the_recipe(part):
     memvec.register("queries", "mine")(lambda lm, ids, recipe: (ROW, TWO))
     recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
     queries = queries_of(tiny(), (5, 6, 7), recipe)
@@ -139,7 +139,7 @@ def test_short_queries_are_padded_so_that_those_of_all_passages_fit_together(par
     assert queries.length.tolist() == [3, 3]
 
 
-def test_the_source_gives_what_was_asked_for(part):
+def test_the_source_of_the_page_gives_passages_of_the_requested_length(part):
     source = part("Source")["Counting"](first=7)
     lm = memvec.load_lm("pocket")
     (first, second) = source.passages(lm, 2, 6)
@@ -150,7 +150,7 @@ def test_the_source_gives_what_was_asked_for(part):
     assert source.settings()["first"] == 7
 
 
-def test_the_export_is_certified_from_its_files(part, tmp_path):
+def test_the_export_of_the_page_is_certified_from_its_files(part, tmp_path):
     part("Export")
     lm = reader()
     mem = memvec.cram(lm, TEXTS[1:], recipe=Recipe.of(steps=600, patience=600), vectors=2)
@@ -181,7 +181,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("sentence", WRONG)
-def test_an_export_with_a_fault_is_named(part, tmp_path, sentence):
+def test_an_export_with_an_error_is_refused_with_its_name(part, tmp_path, sentence):
     faulty = type("Faulty", (Wrong,), dict([WRONG[sentence]]))
     memvec.register("export", "faulty")(faulty)
     lm = reader()
@@ -191,7 +191,7 @@ def test_an_export_with_a_fault_is_named(part, tmp_path, sentence):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_encoder_comes_back_from_its_file(part, tmp_path):
+def test_the_encoder_of_the_page_is_read_from_its_file(part, tmp_path):
     from memvec.companions.encoder_files import load_encoder, save_encoder
 
     lm = reader()
@@ -209,7 +209,7 @@ def test_the_page_has_every_kind_without_a_page_of_its_own():
 
 
 @pytest.mark.slow
-def test_every_step_of_a_passage_is_recorded_up_to_its_outcome():
+def test_the_example_records_every_step_of_a_passage_up_to_its_outcome():
     page = PAGE.with_name("record-steps.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     defined: dict[str, Any] = {"__name__": "of_the_page"}
@@ -218,7 +218,7 @@ def test_every_step_of_a_passage_is_recorded_up_to_its_outcome():
     for outcome in defined["outcomes"]:
         number = outcome.passage.document
         rows = [row for row in defined["engine"].rows if row["passage"] == number]
-        # Vectors that meet their margin are found by a pass that moves nothing: it is no step more.
+        # The pass in which vectors meet their margin moves nothing, and does not count as a step.
         steps = [row["step"] for row in rows]
         assert steps == sorted(steps)
         assert set(steps) == set(range(1, outcome.steps + 1))

@@ -1,5 +1,4 @@
-"""Vectors as a folder and as a repository: the card tells the truth, and the network is asked
-for nothing here."""
+"""Vectors as a folder and as a repository of the Hub, and their card; no test uses the network."""
 
 from __future__ import annotations
 
@@ -79,7 +78,7 @@ def test_a_folder_gives_the_text_back(tmp_path):
     assert sorted(f.name for f in folder.iterdir()) == ["README.md", hub.FILE]
 
 
-def test_paths_of_somebody_do_not_leave_the_machine(tmp_path):
+def test_a_published_folder_has_no_local_paths(tmp_path):
     folder = tmp_path / "secret" / "tiny"
     folder.mkdir(parents=True)
     lm = reader()
@@ -109,7 +108,7 @@ def test_paths_of_somebody_do_not_leave_the_machine(tmp_path):
         ("mine(a", "mine(a"),
     ],
 )
-def test_paths_in_the_arguments_of_a_part_do_not_leave_it_either(given, published):
+def test_local_paths_in_the_arguments_of_a_part_are_not_published(given, published):
     fields = {"objective": given, "queries": given}
     header = mem().header.model_copy(update={"recipe": mem().header.recipe | fields})
     recipe = hub.without_paths(MemVectors(mem().vectors, header)).header.recipe
@@ -117,13 +116,13 @@ def test_paths_in_the_arguments_of_a_part_do_not_leave_it_either(given, publishe
 
 
 @pytest.mark.parametrize("name", ["questions(1).txt", "questions (a)", "(a=1)"])
-def test_a_path_of_questions_with_brackets_is_a_path(name):
+def test_a_path_of_queries_with_brackets_is_read_as_a_path(name):
     header = mem().header
     changed = header.model_copy(update={"recipe": header.recipe | {"queries": f"/secret/{name}"}})
     assert hub.without_paths(MemVectors(mem().vectors, changed)).header.recipe["queries"] == name
 
 
-def test_vectors_are_not_overwritten_unasked(tmp_path):
+def test_vectors_are_not_overwritten_without_force(tmp_path):
     mem().save_pretrained(tmp_path)
     before = (tmp_path / hub.FILE).read_bytes()
     with pytest.raises(MemvecError, match="exists"):
@@ -132,7 +131,7 @@ def test_vectors_are_not_overwritten_unasked(tmp_path):
     mem().save_pretrained(tmp_path, force=True)
 
 
-def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch):
+def test_a_missing_folder_or_repository_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MemvecError, match=r"no \[mem\] vectors in"):
         MemVectors.from_pretrained(tmp_path / "empty")
@@ -168,7 +167,7 @@ def test_a_repository_is_downloaded(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- the card
 
 
-def test_the_card_says_what_a_reader_must_know():
+def test_the_card_has_model_licence_warning_and_certificate():
     text = hub.card(named("org/model", revision="f00"), repository="me/letter", licence="cc0-1.0")
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1]
     assert "base_model: org/model" in front
@@ -186,8 +185,8 @@ def test_the_card_says_what_a_reader_must_know():
     assert "**Not exact**" in hub.card(fallen)
 
 
-def test_the_card_is_a_card_of_the_hub():
-    """The Hub's own reader finds every field, and the text below the metadata is ours."""
+def test_the_hub_s_reader_reads_the_card():
+    """huggingface_hub reads every field of the metadata, and the text below it."""
     card = huggingface_hub.ModelCard(hub.card(named("org/model"), licence="cc0-1.0"))
     assert card.data.to_dict() == {
         "base_model": "org/model",
@@ -199,7 +198,7 @@ def test_the_card_is_a_card_of_the_hub():
     assert card.text.startswith("\n# [mem] vectors of org/model\n")
 
 
-def test_the_card_does_not_name_a_folder_of_somebody(tmp_path):
+def test_the_card_names_no_local_folder(tmp_path):
     folder = tmp_path / "secret" / "tiny"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# tiny\nlicense: gpl\n")
@@ -223,7 +222,7 @@ def test_the_card_does_not_name_a_folder_of_somebody(tmp_path):
         assert hub.licence_of(named(str(folder))) == licence
 
 
-def test_the_built_in_model_has_its_licence():
+def test_the_card_of_the_built_in_model_has_its_licence():
     assert hub.licence_of(named("pocket")) == "apache-2.0"
     assert "base_model:" not in hub.card(named("pocket"))
 
@@ -268,7 +267,7 @@ def test_pushing_uploads_the_vectors_and_their_card(api):
         ),
     ],
 )
-def test_the_hub_s_refusals_are_sentences(api, error, sentence, monkeypatch):
+def test_each_error_of_the_hub_is_one_sentence(api, error, sentence, monkeypatch):
     monkeypatch.setattr(FakeApi, "fails", error)
     with pytest.raises(MemvecError, match=sentence) as raised:
         mem().push_to_hub("me/letter", base_licence="mit")
@@ -281,7 +280,7 @@ def test_a_name_that_is_no_repository_is_refused(api):
         mem().push_to_hub("letter")
 
 
-def test_a_card_of_something_else_is_not_overwritten_unasked(tmp_path):
+def test_another_readme_is_not_overwritten_without_force(tmp_path):
     (tmp_path / "README.md").write_text("MY OWN README")
     with pytest.raises(MemvecError, match=r"README.md is not a card of vectors"):
         hub.save_pretrained(mem(), tmp_path)

@@ -1,4 +1,4 @@
-"""Free memory, of a machine and of a container on it, as Linux says it."""
+"""Free memory of a machine or a container on Linux, the GPU in a record, and float32 products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ V1, V2 = machine.VERSION_1, machine.VERSION_2
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-    """Writes files of a system under a folder that is taken for its root."""
+    """Writes files of /proc and /sys under a folder that replaces the root."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
 
     def write(files):
@@ -54,7 +54,7 @@ def set_by_the_newer_name():
 
 
 @pytest.mark.parametrize("chosen", [set_by_the_older_name, set_by_the_newer_name])
-def test_products_have_all_their_bits_whatever_a_caller_has_set(chosen):
+def test_products_are_in_full_float32_whatever_a_caller_has_set(chosen):
     products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     torch.set_float32_matmul_precision("highest")
     try:
@@ -68,17 +68,17 @@ def test_products_have_all_their_bits_whatever_a_caller_has_set(chosen):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_this_machine_has_some():
+def test_this_machine_has_free_memory():
     assert machine.free_memory() > 2**20
 
 
-def test_where_nothing_is_known_four_gib_are_assumed(system):
+def test_without_meminfo_four_gib_are_assumed(system):
     assert machine.free_memory() == 4 * GIB
     system({"proc/meminfo": "MemTotal: 9 kB\n"})
     assert machine.free_memory() == 4 * GIB
 
 
-def test_without_control_groups_it_is_what_the_kernel_says(system):
+def test_without_control_groups_the_free_memory_is_the_kernels(system):
     system(meminfo(3))
     assert machine.free_memory() == 3 * GIB
 
@@ -92,7 +92,7 @@ def test_without_control_groups_it_is_what_the_kernel_says(system):
 )
 @pytest.mark.parametrize("inside", ["", "/a", "/a/b"])
 def test_the_smallest_limit_of_the_groups_counts(system, names, mounted, line, inside):
-    """Cached files are given up; a container sees its group at the root, whatever its path."""
+    """Cached files count as free; in a container, the root folder has the files of its group."""
     system(meminfo(50) | {"proc/self/cgroup": line + "\n"})
     unlimited = "max" if names is V2 else str(2**63 - 4096)
     for folder in ("", "/a", "/a/b"):

@@ -1,4 +1,4 @@
-"""Reports of rows that are made by hand: what a table counts, joins and compares."""
+"""Tables, figures and captions of reports, from rows of a study that are written by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RowOf = Callable[[Cell, int], dict[str, Any]]  # (cell, number of the passage) -
 
 
 def made(store: Store, spec: str, row_of: RowOf) -> Data:
-    """The data of a study whose rows have these fields; the others say that all came back."""
+    """The data of a study whose rows have these fields; by default every passage is exact."""
     planned = expand(parse_spec(HEAD + spec, "made"))
     store.plan(planned, set(), {"name": "made"})
     store.set_environment({"gpu": None})
@@ -83,7 +83,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_texts_are_compared_at_one_length(store):
-    """A recipe that completes the short length is not better for what it has at the long one."""
+    """At length 16 both recipes are equal; at 8, which does not count, one of them is better."""
     run = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 6\nrecipe = { steps = %d }\n'
 
     def row_of(cell, number):
@@ -103,7 +103,7 @@ def test_texts_are_compared_at_one_length(store):
 
 
 @pytest.mark.parametrize("lengths", [[8], [8, 16], [4, 8, 16]])
-def test_a_passage_survives_once(lengths, store):
+def test_a_passage_of_several_lengths_counts_once_in_the_figure_of_horizons(lengths, store):
     spec = f'[[runs]]\nprotocol = "exact"\nlengths = {lengths}\npassages = 5\n'
     data = made(store, spec, lambda cell, number: {})
     (plot,) = protocol_of("exact").figures(data, compare=False)
@@ -114,7 +114,7 @@ def test_a_passage_survives_once(lengths, store):
 
 @pytest.mark.parametrize("extra", [0, 3])
 def test_two_recipes_are_compared_on_the_passages_that_both_have(extra, store):
-    """Every passage gains one token by the second recipe: an interval of each mean hides it."""
+    """The second recipe adds one token to every passage, so the paired interval has no width."""
     run = '[[runs]]\nprotocol = "exact"\nlengths = [16]\npassages = %d\nrecipe = { steps = %d }\n'
 
     def row_of(cell, number):
@@ -137,7 +137,7 @@ def made_alone(folder: Path, spec: str, row_of: RowOf) -> Data:
         return made(other, spec, row_of)
 
 
-def test_segments_of_one_document_are_one_value(store):
+def test_the_segments_of_one_document_count_as_one_value(store):
     spec = '[[runs]]\nprotocol = "recurrent"\nlengths = [16]\npassages = 4\n'
     spec += 'options = { encoder = "e.safetensors" }\n'
 
@@ -152,7 +152,7 @@ def test_segments_of_one_document_are_one_value(store):
 
 
 @pytest.mark.parametrize("given", [0, 1])
-def test_a_given_token_is_not_free_for_the_coder(given, store):
+def test_arithmetic_coding_counts_a_given_first_token(given, store):
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
     data = made(store, spec, lambda cell, number: {"predicted": 8 - given, "lm_bits": 40.0})
     table = bytes_table(data, compare=False)
@@ -163,7 +163,7 @@ def test_a_given_token_is_not_free_for_the_coder(given, store):
 
 
 def test_huffmans_code_has_one_bit_for_the_most_frequent_byte(store):
-    """Of three texts of eight words: 24 times 1 bit and 24 times 2, and 2 for each line's end."""
+    """Three texts have 24 bytes of 1 bit, 24 of 2 bits, and two line ends of 2 bits."""
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
     table = bytes_table(made(store, spec, lambda cell, number: {}), compare=False)
     (line,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
@@ -189,7 +189,7 @@ def test_a_passage_counts_as_cut_if_one_of_its_restarts_was(cut, store):
     assert rows["horizon"].tolist() == [6.5] * 3
 
 
-def test_a_report_names_the_models_and_machines_of_its_rows_alone(store):
+def test_a_report_names_only_the_models_and_machines_of_its_rows(store):
     spec = '[[models]]\nname = "other"\n' + ONE + "models = ['pocket', 'other']\n"
     data = made(store, spec, lambda cell, number: {})
     assert [*data.models] == ["pocket", "other"]
@@ -210,10 +210,10 @@ def test_seeds_are_compared_at_the_lengths_that_all_of_them_have(store):
     assert not seeds_table(read_data(store)).rows
 
 
-def test_the_figure_of_utilisation_is_that_of_the_fewest_vectors(store):
-    """Of 5 bits for a token, which may be one of 64, the share of bits is smaller; of 7 it is not.
+def test_the_figure_of_utilisation_is_of_the_fewest_vectors(store):
+    """A token is one of 64, and so has 6 bits; a vector has 8 numbers of 16 bits.
 
-    A vector has 8 numbers of 16 bits.
+    If a token needs 5 bits, the share of bits is smaller than that of tokens; at 7 bits it is not.
     """
     more = "vectors = [2, 1, 4]\nsources = ['random-tokens', 'b', 'c']\n"
     sources = "".join(
@@ -244,13 +244,13 @@ def test_the_figure_of_utilisation_is_that_of_the_fewest_vectors(store):
 @pytest.mark.parametrize(
     ("sample", "numbers"), [(0, range(9)), (1, [0]), (3, [0, 4, 8]), (9, range(9)), (99, range(9))]
 )
-def test_rows_that_are_checked_are_spread_over_the_study(sample, numbers, store):
+def test_checked_rows_are_spread_over_the_study(sample, numbers, store):
     made(store, spec_of("paper", [4], 9), lambda cell, number: {})
     assert _sampled(store, sample)["number"].tolist() == [*numbers]
 
 
-def test_a_passage_that_occurs_again_is_stored_once(store):
-    """A compressor would store its text once, too."""
+def test_a_repeated_passage_counts_once_in_the_byte_account(store):
+    """A compressor would store its text once as well."""
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
     made(store, spec, lambda cell, number: {})
     store.db.execute("UPDATE rows SET passage = '0 of 8' WHERE number = 2")
@@ -276,7 +276,7 @@ def test_a_cost_is_the_sum_over_all_cells_and_passages_of_a_protocol(store):
 
 
 @pytest.mark.parametrize("start", ["vectors", "bos"])
-def test_the_longest_length_is_that_of_the_grid_after_a_bos_too(start, store):
+def test_with_a_bos_the_longest_length_is_still_that_of_the_grid(start, store):
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 3\n'
     given = int(start == "bos")
     data = made(store, spec, lambda cell, n: {"tokens": cell.length - given, "start_rule": start})
@@ -287,14 +287,14 @@ def test_the_longest_length_is_that_of_the_grid_after_a_bos_too(start, store):
 
 
 @pytest.mark.parametrize("protocol", ["transfer", "recurrent"])
-def test_a_protocol_of_one_start_has_one_seed(protocol):
+def test_a_protocol_of_one_start_refuses_several_seeds(protocol):
     options = {"transfer": 'origin = "pocket"', "recurrent": 'encoder = "e.safetensors"'}
     run = f'[[runs]]\nprotocol = "{protocol}"\nlengths = [8]\nseeds = [0, 1]\n'
     with pytest.raises(MemvecError, match="one start: leave one of seeds"):
         parse_spec(HEAD + run + f"options = {{ {options[protocol]} }}\n", "made")
 
 
-def test_a_sentence_before_several_others_counts_once(store):
+def test_a_sentence_in_the_context_of_several_others_counts_once(store):
     spec = '[[runs]]\nprotocol = "sentences"\nlengths = [8]\npassages = 3\n'
     spec += 'options = { latents = "s.safetensors", context = 2 }\n'
     sentences, flags = [(5, 6), (7, 8, 9), (5,), (9,)], [[0, 1], [1, 1], [0, 0], [1, 1]]
@@ -313,7 +313,7 @@ def test_a_sentence_before_several_others_counts_once(store):
 
 
 def frontier(store, models, sources=("random-tokens",)):
-    """Data of the protocol 'usable' whose passages of another source or model have another KL."""
+    """Data of the protocol 'usable' whose KL depends on the passage and the source."""
     spec = "".join(f'[[models]]\nname = "{name}"\n' for name in models)
     spec += '[[sources]]\nname = "other"\nkind = "random-tokens"\nseed = 1\n'
     spec += '[[runs]]\nprotocol = "usable"\nlengths = [8]\npassages = 3\n'
@@ -329,7 +329,7 @@ def frontier(store, models, sources=("random-tokens",)):
     return made(store, spec, row_of)
 
 
-def test_models_of_one_last_name_have_a_panel_and_an_entry_each(store):
+def test_models_with_the_same_last_name_have_a_panel_and_an_entry_each(store):
     data = frontier(store, ("a/model", "b/model"))
     (plot,) = protocol_of("usable").figures(data, compare=False)
     assert [panel.title for panel in plot.panels] == ["a/model, K = 1", "b/model, K = 1"]
@@ -338,7 +338,7 @@ def test_models_of_one_last_name_have_a_panel_and_an_entry_each(store):
     assert list(alike.values()) == ["x/a/m", "y/a/m", "m", "n"]
 
 
-def test_the_last_tokens_of_each_source_are_a_line(store):
+def test_the_last_tokens_of_each_source_have_a_line(store):
     data = frontier(store, ("a/model",), ("random-tokens", "other"))
     (plot,) = protocol_of("usable").figures(data, compare=False)
     (panel,) = plot.panels
@@ -350,7 +350,9 @@ def test_the_last_tokens_of_each_source_are_a_line(store):
 @pytest.mark.parametrize(
     ("model", "named"), [("meta/llama", "meta/llama"), ("/home/me/model", "model"), (None, "")]
 )
-def test_the_page_names_a_model_of_the_hub_whole(model, named, store):
+def test_the_page_names_a_model_of_the_hub_in_full_and_a_folder_by_its_last_name(
+    model, named, store
+):
     data = made(store, ONE, lambda *_: {})
     spec = json.dumps({"toml": "", "model": model})
     store.db.execute("INSERT OR REPLACE INTO meta VALUES ('spec', ?)", (spec,))
@@ -358,7 +360,7 @@ def test_the_page_names_a_model_of_the_hub_whole(model, named, store):
     assert first == "memvec study run made.toml" + f" --model {named}" * bool(named)
 
 
-def test_the_notes_say_which_cramming_is_not_counted(store):
+def test_notes_name_the_cramming_that_is_not_counted(store):
     data = made(store, ONE, lambda *_: {})
     for name in ("transfer", "recurrent", "reading", "sentences"):
         assert f"`{name}`" in cost_table(data).note
@@ -394,7 +396,7 @@ def spec_of(protocol: str, lengths: list[int], passages: int, more: str = "") ->
     )
 
 
-def test_the_more_a_vector_holds_the_fewer_a_book_needs(store):
+def test_the_number_of_vectors_for_a_book_has_an_interval(store):
     def row_of(cell, number):
         return {"horizon": 4 + 4 * (number % 2), "extra": {"book_tokens": 100}}
 
@@ -403,8 +405,8 @@ def test_the_more_a_vector_holds_the_fewer_a_book_needs(store):
     assert line["low1"] < line["vectors for it"] < line["high1"]
 
 
-def test_what_is_removed_is_of_what_was_there(store):
-    """By vectors, by a copy, by real context, and what would have been enough."""
+def test_removed_bits_are_shares_of_the_bits_without_vectors(store):
+    """Vectors, a copy and real context remove bits; a bound says how many would be enough."""
     runs = [spec_of(name, [8], 2) for name in ("paper", "copy", "upper-bound", "context")]
     extras = {
         "copy": {"after_copy": [8.0, 8]},
@@ -439,14 +441,14 @@ def test_what_is_removed_is_of_what_was_there(store):
     assert figure.caption.startswith("In 1 of 1 cases")
 
 
-def test_a_passage_that_took_all_its_steps_was_cut(store):
+def test_a_passage_that_took_all_steps_of_the_recipe_counts_as_cut(store):
     run = spec_of("paper", [8], 3, "recipe = { steps = %d }")
     data = made(store, run % 9 + run % 10, lambda cell, number: {"steps": 9})
     found = lines(data, "threshold", "threshold")
     assert {line["text"].split()[-1]: line["cut"] for line in found} == {"9": "100 %", "10": "0 %"}
 
 
-def test_a_memory_reaches_as_far_as_half_of_the_documents(store):
+def test_the_reach_of_a_memory_is_that_of_half_of_the_documents(store):
     spec = spec_of(
         "recurrent", [8, 16], 4, 'vectors = [2]\noptions = { encoder = "e.safetensors" }'
     )
@@ -485,8 +487,8 @@ def test_spaces_are_compared_by_their_longest_passages(store):
     assert card.value == "8.0 tokens"
 
 
-def test_use_is_claimed_of_vectors_that_are_exact(store):
-    """And of those whose whole interval is nearer to the text than no context is."""
+def test_the_card_on_use_is_of_exact_vectors_only(store):
+    """The caption counts intervals of the KL ratio below 1, and lengths that are exact."""
     kl_of = {8: [2.0] * 3, 16: [1.0] * 3, 32: [0.5, 1.0, 6.0]}
 
     def row_of(cell, number):
@@ -510,7 +512,7 @@ def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
     more = "vectors = [2]\noptions = { layers = true, directions = true }"
     layers = {"none": [8.0, 3.0, 1.0], "0": [2.0, 1.0, 2.0], "1": [6.0, 2.0, 4.0]}
     layers |= {"0+": [0.0, 0.0, 8.0], "1+": [6.0, 2.0, 4.0]}
-    left = {"whole": [8.0, 3.0, 1.0], "without text": [0.0, -1.0, 1.5]}  # of an earlier study
+    left = {"whole": [8.0, 3.0, 1.0], "without text": [0.0, -1.0, 1.5]}  # of an earlier version
     left |= {"without use": [5.0, 2.0, 2.5]}
     spans = left | {"text in use": [0.5], "use in text": [0.25]}
 
@@ -536,7 +538,7 @@ def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
     assert "context mode needs layer 1 most (KL 4.00 times" in figure.caption
 
 
-def test_layers_are_compared_with_all_of_them_and_an_arg_max_is_the_first(store):
+def test_the_table_of_reading_compares_with_all_layers_and_counts_rank_one(store):
     cut = {"none": [8.0, 1.0], "0": [4.0, 0.5], "1": [2.0, 0.5], "0+": [0.0, 0.0], "1+": [2.0, 0.0]}
     path = {"x": [0.0, 1.0], "y": [0.0, 1.0], "leading": [0, 8], "explained": 1.0}
 
@@ -550,7 +552,7 @@ def test_layers_are_compared_with_all_of_them_and_an_arg_max_is_the_first(store)
     assert [line["left without it and above"] for line in found] == [0, 0.25]
 
 
-def test_steps_from_a_map_are_over_those_from_the_start(store):
+def test_the_ratio_of_a_transfer_divides_steps_from_a_map_by_those_from_the_start(store):
     more = 'options = { origin = "pocket", origin_seed = %d }'
     spec = spec_of("transfer", [4, 8], 3, more % 0) + spec_of("transfer", [8], 3, more % 1)
 
@@ -567,7 +569,7 @@ def test_steps_from_a_map_are_over_those_from_the_start(store):
     ]
 
 
-def test_a_latent_s_gain_is_of_what_its_own_text_saves(store):
+def test_the_gain_of_a_predicted_latent_is_a_share_of_that_of_its_text(store):
     spec = spec_of("sentences", [8], 3, 'options = { latents = "s.safetensors", context = 2 }')
 
     def row_of(cell, number):
@@ -590,7 +592,7 @@ def test_a_latent_s_gain_is_of_what_its_own_text_saves(store):
 
 
 def test_a_very_long_name_of_a_recipe_is_a_number(tmp_path):
-    """Such as that of a part with an argument of many characters; it left figures no room."""
+    """The name of a part with a long argument would leave no room in a figure."""
     runs = "".join(
         f"{ONE}recipe = {{ queries = '{letter * length}', preset = 'usable' }}\n"
         for letter, length in (("a", 9), ("b", MAX_NAME))
@@ -601,7 +603,7 @@ def test_a_very_long_name_of_a_recipe_is_a_number(tmp_path):
     assert names == ["queries aaaaaaaaa", "recipe 2"]
 
 
-def test_figures_leave_a_callers_matplotlib_alone_and_take_any_name(tmp_path, monkeypatch):
+def test_figures_do_not_change_a_callers_matplotlib_and_accept_any_name(tmp_path, monkeypatch):
     import matplotlib as mpl
 
     monkeypatch.setitem(mpl.rcParams, "backend", "svg")
@@ -614,7 +616,7 @@ def test_figures_leave_a_callers_matplotlib_alone_and_take_any_name(tmp_path, mo
     assert all(text in drawn for text in (*names, "$100 to $200_$", "$_$"))
 
 
-def test_the_table_of_copies_tells_the_vectors_from_the_copy(tmp_path):
+def test_the_table_of_copies_has_columns_for_the_vectors_and_the_copy(tmp_path):
     with Store(tmp_path, write=True) as store:
         data = made(
             store,
@@ -654,8 +656,8 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
     assert not [line.name for line in panel.series if "published" in line.name]
 
 
-def test_the_table_of_the_documentation_has_a_mean_over_passages(store, monkeypatch):
-    """The example of the page on protocols, as it stands there."""
+def test_the_table_of_the_documented_protocol_has_a_mean_over_passages(store, monkeypatch):
+    """The protocol is the example of docs/howto/add-protocol.md."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-protocol.md"
     code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]

@@ -1,4 +1,4 @@
-"""Every metric a second time, slowly: float64 loops in plain Python, in bits."""
+"""Every metric against a second, slow computation: float64 loops in plain Python, in bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
 
 B, T, V = 3, 8, 13
-XZ_9E = {  # what `xz -9e` does, written out
+XZ_9E = {  # the filter of `xz -9e`
     **{"id": lzma.FILTER_LZMA2, "dict_size": 2**26, "lc": 3, "lp": 0, "pb": 2},
     **{"mode": lzma.MODE_NORMAL, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 512},
 }
@@ -96,7 +96,7 @@ def test_gains(seed):
 
 
 @pytest.mark.parametrize(("D", "K", "b", "size"), [(2048, 1, 16, 128256), (512, 4, 32, 4096)])
-def test_capacity_is_the_tokens_that_fit(D, K, b, size):
+def test_theoretical_capacity_is_the_number_of_tokens_that_fit(D, K, b, size):
     capacity = 0.0  # count the tokens that fit, one by one
     while (capacity + 1) * math.log2(size) <= K * D * b:
         capacity += 1
@@ -104,8 +104,8 @@ def test_capacity_is_the_tokens_that_fit(D, K, b, size):
 
 
 @pytest.mark.parametrize("model", published()["utilisation"]["values"])
-def test_capacity_and_utilisation_are_the_published_ones(model):
-    """Figure 5 as its authors computed it, from the token gains of their Tables 1 and 3."""
+def test_capacity_and_utilisation_are_those_of_the_paper(model):
+    """The values are those of Figure 5, computed from the token gains of Tables 1 and 3."""
     figure, gains = (published()[name]["values"][model] for name in ("utilisation", "table1"))
     D, size = figure["width"], figure["vocabulary"]
     assert metrics.theoretical_capacity(D, 1, 16, size) == pytest.approx(
@@ -115,7 +115,7 @@ def test_capacity_and_utilisation_are_the_published_ones(model):
     assert share == pytest.approx(figure["utilisation_pg19"], rel=2e-3)
 
 
-def test_shares_of_bits_by_hand():
+def test_utilisation_and_bits_per_dimension_by_hand():
     """24 bits in three vectors of four 8-bit numbers, of 96 bits."""
     assert metrics.bit_utilisation(24.0, 4, 3, 8) == 0.25
     assert metrics.bits_per_dimension(24.0, 4, 3) == 2.0
@@ -132,7 +132,7 @@ def test_mean_and_its_standard_error(n):
     assert error == pytest.approx(deviation / math.sqrt(n))
 
 
-def test_no_error_without_two_values():
+def test_a_standard_error_needs_two_values():
     assert metrics.mean_and_error([3.0])[0] == 3.0
     assert math.isnan(metrics.mean_and_error([3.0])[1])
     assert all(math.isnan(x) for x in metrics.mean_and_error([]))
@@ -156,7 +156,7 @@ def test_the_byte_account_can_be_decompressed(text):
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("longest", [1, 6])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_measure_is_a_loop_over_the_models_own_logits(
+def test_measures_equal_a_loop_over_the_models_own_logits(
     monkeypatch, family, longest, rule, bos, chunk
 ):
     """With vectors and without, over the same positions, passage by passage, token by token."""
@@ -166,7 +166,7 @@ def test_measure_is_a_loop_over_the_models_own_logits(
     asked = passages(6, 3, 4, seed=3)
     if longest == 1:
         asked = passages(1 + given, 1 + given, 1 + given, seed=3)
-    # A text with its own BOS, as a source's `bos` makes it, is not read after another.
+    # A text with its own BOS, as a source's `bos` makes it, gets no second one.
     asked[1] = Passage((lm.bos_id, *asked[1].ids[1:]), asked[1].document)
     if not bos:
         monkeypatch.setattr(lm, "bos_id", None)

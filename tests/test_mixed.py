@@ -1,4 +1,4 @@
-"""Mixed precision, ties of the arg-max, and the spread of an embedding matrix."""
+"""Mixed precision, ties of the arg-max, and the standard deviation of an embedding matrix."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def mixed(family: str) -> FrozenLM:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "mamba"])
-def test_mixed_precision_is_autocast_over_float32_weights(family):
-    """Every way through the model gives what torch's own autocast gives, to the bit."""
+def test_mixed_precision_is_torchs_autocast_over_float32_weights(family):
+    """Logits of ids, and of vectors in front of ids, equal those of autocast bit for bit."""
     lm, plain = mixed(family), build(family)
     assert (lm.dtype, lm.rounding) == (torch.float32, torch.bfloat16)
     assert lm.description()["dtype"] == "bfloat16-autocast"
@@ -86,8 +86,8 @@ def test_a_tie_counts_as_the_arg_max_takes_it():
 
 
 @pytest.mark.slow
-def test_a_tie_in_the_last_token_ends_the_papers_run():
-    """Two tokens share their row of the head: the passage with the first of them ends."""
+def test_a_tie_that_the_arg_max_wins_ends_the_paper_preset():
+    """Two tokens have the same row of the head; the arg-max takes the first, 4."""
     model = deepcopy(tiny().model)
     with torch.no_grad():
         model.lm_head.weight[9] = model.lm_head.weight[4]
@@ -103,8 +103,8 @@ def test_a_tie_in_the_last_token_ends_the_papers_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_spread_of_an_embedding_is_that_of_all_its_rows(dtype):
-    """The last rows of a large vocabulary count like the first ones."""
+def test_the_standard_deviation_of_an_embedding_is_of_all_its_rows(dtype):
+    """The rows are read in chunks, and those of later chunks differ from the first."""
     rows = torch.randn(2 * ROWS_AT_ONCE + 300, 3, generator=torch.Generator().manual_seed(0))
     rows[ROWS_AT_ONCE:] *= 4
     weight = rows.to(dtype)

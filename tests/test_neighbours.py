@@ -1,4 +1,4 @@
-"""Vectors of other passages beside those that are moved: what is read, compared and kept."""
+"""The recipe's `neighbours`: usable vectors are crammed beside vectors of other passages."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def some(lm: FrozenLM, k: int, n: int = 3) -> Neighbours:
 
 
 def with_neighbours(lm: FrozenLM, recipe: Recipe, beside: Neighbours, **options) -> Engine:
-    """An engine whose passages have these neighbours; a file holds those of a tokenizer's model."""
+    """An engine whose passages have these neighbours, which come from no file."""
     engine = Engine(lm, recipe, vectors=2, **options)
     assert isinstance(engine.stepper.term, Use)
     engine.stepper.term.neighbours = beside
     return engine
 
 
-def test_every_place_in_a_row_is_taken():
+def test_places_are_all_numbers_of_neighbours_in_front_and_after():
     assert len(set(PLACES)) == len(PLACES) == (MAX_BESIDE + 1) * (MAX_BESIDE + 2) // 2
     assert {sum(place) for place in PLACES} == set(range(MAX_BESIDE + 1))
 
@@ -59,7 +59,7 @@ def test_every_place_in_a_row_is_taken():
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("W", [1, 4])
-def test_a_row_is_its_parts_one_after_the_other(k, K, W):
+def test_the_inputs_of_a_row_are_its_parts_in_order(k, K, W):
     beside = some(tiny(), k)
     D, N = beside.vectors.shape[2], len(PLACES)
     generator = torch.Generator().manual_seed(0)
@@ -80,8 +80,8 @@ def test_a_row_is_its_parts_one_after_the_other(k, K, W):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mamba", "opt-projected"])
 @pytest.mark.parametrize("front", ["none", "auto"])
 @pytest.mark.slow
-def test_the_second_loss_is_that_of_the_row(family, front):
-    """At every place, and for passages at different steps: one text at a time, the slow way."""
+def test_the_loss_of_use_beside_neighbours_equals_a_slow_computation(family, front):
+    """At every place, for passages at different steps; the slow one computes one text at a time."""
     lm = tiny(family)
     trigger = "bos" if lm.bos_id is not None else "#3"
     recipe = replace(USABLE, front=front, trigger=trigger)
@@ -113,7 +113,7 @@ def test_the_second_loss_is_that_of_the_row(family, front):
 
 
 @pytest.mark.slow
-def test_gradients_go_to_the_vectors_that_are_moved():
+def test_the_gradient_beside_neighbours_is_the_slope_of_the_loss():
     lm = tiny()
     engine = with_neighbours(lm, USABLE, some(lm, 2), batch_size=2)
     for passage in passages(5, 3, seed=4):
@@ -138,7 +138,7 @@ def test_gradients_go_to_the_vectors_that_are_moved():
 
 
 @pytest.mark.slow
-def test_who_stands_beside_a_passage_depends_on_it_alone():
+def test_the_neighbours_of_a_passage_depend_on_it_alone():
     lm = tiny()
     beside = some(lm, 2)
     recipe = replace(USABLE, settle=10, decay=10, steps=10, if_not_exact="stop")
@@ -154,8 +154,8 @@ def test_who_stands_beside_a_passage_depends_on_it_alone():
 
 
 @pytest.mark.slow
-def test_vectors_learn_to_stand_beside_others():
-    """After the rows of their own queries they are nearer to the texts than those made alone."""
+def test_vectors_crammed_beside_neighbours_are_better_context_there():
+    """Over the same rows, their loss is lower than that of vectors crammed without neighbours."""
     lm, asked, n = tiny(), passages(4, 4, seed=3), 4 * len(PLACES)
     recipe = replace(USABLE, settle=60, decay=60, query_count=n, term_weight=30.0)
     beside = some(lm, 2)
@@ -196,13 +196,13 @@ def test_neighbours_are_a_file_of_usable_vectors(tmp_path):
     assert mem.header.recipe["neighbours"] == str(file)
     assert "neighbours" not in MemVectors.load(file).header.recipe
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
-    file.unlink()  # what is in the file is enough
+    file.unlink()  # decoding and use do not read it
     assert codec.decode(lm, again) == ["a dog and the fox"]
     assert memvec.use(lm, again, "the", max_new_tokens=2) is not None
 
 
-def test_other_neighbours_under_the_same_name_are_another_setting(tmp_path, monkeypatch):
-    """Under each name that finds the file."""
+def test_the_setting_of_neighbours_is_the_content_of_their_file(tmp_path, monkeypatch):
+    """The name by which the file is found does not matter."""
     file = tmp_path / "n.mem.safetensors"
     recipes = [
         replace(USABLE, neighbours=name)
@@ -218,8 +218,8 @@ def test_other_neighbours_under_the_same_name_are_another_setting(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_nobody_stands_beside_itself():
-    """A file of neighbours may hold the passage that is crammed, as one of others."""
+def test_a_passage_is_not_its_own_neighbour():
+    """A file of neighbours may hold the passage that is crammed."""
     lm = reader("words")
     mem = codec.cram(lm, [TEXT, TEXT], vectors=2, tokens=3, recipe=replace(USABLE, front="none"))
     held = Neighbours(mem.tokens(lm), mem.vectors.float())
@@ -234,7 +234,7 @@ def test_nobody_stands_beside_itself():
 
 
 @pytest.mark.slow
-def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
+def test_neighbours_that_cannot_be_used_are_refused_in_one_sentence(tmp_path):
     lm = reader("words")
     usable = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=replace(USABLE, front="none"))
     plain = codec.cram(lm, ["the fox"], vectors=1, tokens=2, recipe=Recipe(compute="model"))
@@ -261,8 +261,8 @@ def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
         list(Engine(lm, narrow, vectors=2).run([Passage((3, 4, 5))]))
 
 
-def test_numbers_of_a_row_are_finite():
-    """Padding after the shorter rows is a word: no NaN can come from there."""
+def test_the_padding_of_a_row_is_finite():
+    """Rows without neighbours are padded at the end with embeddings."""
     beside = some(tiny(), 2)
     words = torch.zeros(2, 3, beside.vectors.shape[2])
     which, none = torch.zeros(2, MAX_BESIDE, dtype=torch.long), torch.zeros(2, dtype=torch.long)
@@ -272,7 +272,7 @@ def test_numbers_of_a_row_are_finite():
 
 @pytest.mark.parametrize("front", ["none", "auto"])
 @pytest.mark.parametrize("scale", [0.25, 2.0])
-def test_the_loss_beside_neighbours_is_that_of_the_scaled_vectors(scale, front):
+def test_the_loss_beside_neighbours_is_that_of_vectors_times_the_scale(scale, front):
     lm = tiny()
     beside, losses = some(lm, 2), []
     for factor in (scale, 1.0):

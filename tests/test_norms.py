@@ -1,4 +1,4 @@
-"""RMS norms of the model that steps are computed with."""
+"""RMS norms in fewer operations, in the copy of the model that computes the steps."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def test_a_norm_and_its_gradient_are_those_of_the_formula(shape, dtype):
     assert found.dtype == gradient.dtype == dtype
     torch.testing.assert_close(found.double(), truth.detach(), **near)
     torch.testing.assert_close(gradient.double(), slow, **near)
-    assert torch.equal(x.detach(), kept)  # what is read is not written over
+    assert torch.equal(x.detach(), kept)  # the input is not overwritten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SERVED)
 def test_joined_norms_are_those_of_the_family(family, dtype):
-    """Every RMS norm with one input is joined; one with a gate, and every other module, stays."""
+    """Every RMS norm with one input is joined; one with a gate is not."""
     model = build(family).to(dtype)
-    with torch.no_grad():  # fresh weights are all 1, or all 0: as a trained model has them
+    with torch.no_grad():  # new weights are all 1 or all 0; those of a trained model vary
         for module in norms_of(model).values():
             module.weight.add_(0.3 * torch.randn_like(module.weight))
     before = copy.deepcopy(model)
@@ -64,7 +64,7 @@ def test_joined_norms_are_those_of_the_family(family, dtype):
             assert float((a - b).abs().max()) <= near * max(1.0, float(b.abs().max()))
 
 
-def test_a_norm_that_computes_otherwise_stays():
+def test_a_norm_with_another_formula_is_not_joined():
     model = build("llama")
     first = next(iter(norms_of(model).values()))
     forward = type(first).forward
@@ -78,7 +78,7 @@ def test_a_norm_that_computes_otherwise_stays():
     assert "forward" not in vars(first)
 
 
-def test_only_the_copy_that_steps_are_computed_with_has_joined_norms():
+def test_only_the_copy_that_computes_steps_has_joined_norms():
     lm = load_lm()
     fast = precision.for_steps(lm, "bfloat16")
     assert all("forward" in vars(module) for module in norms_of(fast.model).values())

@@ -1,4 +1,4 @@
-"""The notebooks run, in order and without Jupyter, and say what they show."""
+"""The notebooks run from the first cell to the last without Jupyter, and hold their outputs."""
 
 import json
 import re

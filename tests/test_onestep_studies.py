@@ -1,4 +1,4 @@
-"""Studies of one-step decoding: arrangements of e and m, groups with one m, speed."""
+"""Studies of one-step decoding: orders of the vectors e and m, groups that share m, speed."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ TIMED = block("one-step", "vectors = [2]\npassages = 3\ntimed = 2\n")
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "mamba"])
 @pytest.mark.parametrize("kind", ARRANGEMENTS)
-def test_every_arrangement_is_crammed_as_it_is_written(kind: str, family: str) -> None:
-    """The stored bits against the model's own forward on a list of inputs made by hand."""
+def test_the_model_reads_every_arrangement_in_its_order(kind: str, family: str) -> None:
+    """The outcome's bits equal those of the model's own forward pass on inputs listed by hand."""
     lm, n = tiny(family), 3
     view = lm.read_as(Arranged(kind, n))
     K = 1 if kind == "e" else 2
-    enough = Recipe(steps=150, patience=150)  # the others never come back, and say so as soon
+    enough = Recipe(steps=150, patience=150)  # for the two arrangements that become exact
     (outcome,) = Engine(view, enough, vectors=K, batch_size=1).run(passages(n, seed=7))
     e, m = outcome.vectors[0], outcome.vectors[-1]
     by_hand = {
@@ -88,7 +88,7 @@ def test_every_arrangement_is_crammed_as_it_is_written(kind: str, family: str) -
         assert outcome.exact
     order = protocol_of("one-step-arrangements").inputs_at_once(n, n, {"arrangement": kind})
     assert order == [int(v is not e) if K == 2 else 0 for v in by_hand]
-    # More tokens than the passage has, as in a padded batch, change nothing before them.
+    # The order for more tokens, as in a padded batch, begins with the same inputs.
     assert Arranged(kind, n).order(6)[: len(by_hand)] == order  # type: ignore[arg-type]
 
 
@@ -114,7 +114,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
-def test_the_slow_path_agrees_with_all_of_them(
+def test_the_check_recomputes_every_row_of_the_three_protocols(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -123,17 +123,17 @@ def test_the_slow_path_agrees_with_all_of_them(
     assert checked["wrong"] == []
 
 
-def test_vectors_that_no_file_holds_are_left_out_of_the_files_of_a_study(
+def test_vectors_that_a_file_cannot_hold_are_left_out_of_the_files_of_a_study(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     written, left_out = export_vectors(
-        study, tmp_path / "files", on_file=lambda *now: told.append(now)
+        study, tmp_path / "files", on_file=lambda *now: progress.append(now)
     )
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert {cells for _, cells in told} == {len(written) + len(left_out)}
-    assert len(told) == len(written)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert {cells for _, cells in progress} == {len(written) + len(left_out)}
+    assert len(progress) == len(written)
     assert {row["protocol"] for row in written} == {"one-step"}
     groups = [sentence for sentence in left_out if "a file has one group" in sentence]
     arranged = [sentence for sentence in left_out if "no name in a file" in sentence]
@@ -188,7 +188,7 @@ def test_passages_of_a_group_share_m_and_others_do_not(study: Path) -> None:
 
 
 def test_an_m_that_a_group_shares_is_counted_once(study: Path, tmp_path: Path) -> None:
-    """Where all came back: e of each passage and m of each group, beside two of each."""
+    """The bytes of exact passages are those of e of each passage and m of each group."""
     copied = Path(shutil.copytree(study, tmp_path / "study"))
     with sqlite3.connect(copied / "study.sqlite") as db:
         db.execute("UPDATE rows SET exact = 1")
@@ -202,7 +202,9 @@ def test_an_m_that_a_group_shares_is_counted_once(study: Path, tmp_path: Path) -
     assert counted == pytest.approx([4 + 2, 4 + 4])
 
 
-def test_an_interrupted_group_comes_back_the_same(study: Path, tmp_path: Path) -> None:
+def test_an_interrupted_group_is_crammed_again_with_the_same_result(
+    study: Path, tmp_path: Path
+) -> None:
     text = HEAD + GROUPED
     base = tmp_path
     run(spec_in(base, text), base, base / "out", text)
@@ -214,7 +216,7 @@ def test_an_interrupted_group_comes_back_the_same(study: Path, tmp_path: Path) -
     assert everything(base / "out") == before
 
 
-def test_an_interrupted_group_shares_one_m_whatever_batch_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_group_shares_one_m_at_another_batch_size(tmp_path: Path) -> None:
     text = (HEAD + GROUPED).replace("batch_size = 3", "batch_size = 1")
     base, out = tmp_path, tmp_path / "out"
     run(spec_in(base, HEAD + GROUPED), base, out, text)
@@ -231,7 +233,7 @@ def test_an_interrupted_group_shares_one_m_whatever_batch_goes_on(tmp_path: Path
                 assert torch.equal(first, second)
 
 
-def test_recipes_do_not_share_a_line(tmp_path: Path) -> None:
+def test_each_recipe_has_rows_of_its_own_in_the_table_of_groups(tmp_path: Path) -> None:
     text = HEAD + GROUPED + GROUPED.replace(RECIPE, "recipe = { lr = 0.1, steps = 2 }\n")
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
     with Store(tmp_path / "out") as store:
@@ -250,7 +252,7 @@ def test_recipes_do_not_share_a_line(tmp_path: Path) -> None:
     assert len(table.rows) == 2 * 2 * 2  # recipes by groups by lengths
 
 
-def test_groups_go_to_workers_whole() -> None:
+def test_a_group_is_one_unit_of_work() -> None:
     cell = expand(
         parse_spec(
             HEAD
@@ -276,8 +278,8 @@ def test_group_means_and_factors() -> None:
     assert times_faster(timed).value == 4
 
 
-def test_restarts_of_a_group_are_no_further_groups() -> None:
-    """Of several groups the intervals are over groups; of a single one, over its restarts."""
+def test_restarts_of_a_group_do_not_count_as_groups() -> None:
+    """The means are over groups if there are several, and over restarts if there is one."""
     rows = pd.DataFrame({"number": range(4), "accuracy": [1.0, 0.5, 1.0, 0.0]}).assign(cell="a")
     restart = rows.assign(cell="b", accuracy=[1.0, 0.5, 0.0, 0.0])
     both = pd.concat([rows, restart])
@@ -286,7 +288,7 @@ def test_restarts_of_a_group_are_no_further_groups() -> None:
 
 
 @pytest.mark.parametrize(("once", "words"), [(0.01, "slower in"), (0.0001, "times as fast.")])
-def test_the_caption_on_speed_follows_the_times(
+def test_the_caption_on_speed_states_which_way_is_faster(
     study: Path, monkeypatch: pytest.MonkeyPatch, once: float, words: str
 ) -> None:
     timed = OneStep._timed

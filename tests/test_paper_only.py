@@ -1,4 +1,4 @@
-"""A report of nothing but rows of the paper protocol: every figure of the paper, from the data."""
+"""A report of rows of the paper protocol only: tables, figures and captions follow the data."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Holds = Callable[[Cell, int], float]  # tokens that a cell's vectors hold of a p
 
 
 def holds(cell: Cell, number: int) -> float:
-    """20 tokens a vector, less with more vectors, a little more of fan fictions."""
+    """About 20 tokens for one vector; more vectors hold fewer each, and fan fiction fits better."""
     more = {"fanfics": 0.5, "random-words": -3.0}.get(cell.source, 0.0)
     return (20 + more + number % 3 + 0.3 * cell.seed) * cell.vectors**0.8
 
@@ -124,7 +124,7 @@ def made(cell: Cell, number: int, held: float, *, first: bool = False) -> StoreE
 def report(
     folder: Path, hold: Holds = holds, *, text: str = SPEC, first: bool = False
 ) -> tuple[dict[str, Table], dict[str, Plot]]:
-    """Tables and figures, by key, of a store with such rows."""
+    """Tables and figures, by key, of a store whose vectors hold what `hold` says."""
     planned = expand(parse_spec(text, "test"))
     with Store(folder, write=True) as store:
         store.plan(planned, {"random-words"}, {"name": "made up"})
@@ -147,7 +147,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Table], d
     return report(tmp_path_factory.mktemp("paper-only"))
 
 
-def test_every_figure_of_the_paper_is_filled(
+def test_every_figure_of_the_paper_has_measured_values(
     whole: tuple[dict[str, Table], dict[str, Plot]],
 ) -> None:
     tables, plots = whole
@@ -166,7 +166,7 @@ def test_every_figure_of_the_paper_is_filled(
     assert len(plots["vectors"].panels) == 3  # Max, token gain, information gain
 
 
-def test_published_values_stand_beside_for_every_k(
+def test_published_values_are_beside_measured_ones_for_every_k(
     whole: tuple[dict[str, Table], dict[str, Plot]],
 ) -> None:
     tables, plots = whole
@@ -180,7 +180,7 @@ def test_published_values_stand_beside_for_every_k(
     for key, panel in (("vectors", 0), ("lengths", 0), ("utilisation", 1)):
         names = [s.name for s in plots[key].panels[panel].series]
         assert [name for name in names if name.endswith("published")], key
-    # 16 of 80, 80 and 65 tokens: the grid's longest that 20, 20.5 and 17 tokens pass.
+    # Vectors that hold 20, 20.5 and 17 tokens pass length 16; published are 80, 80 and 65.
     ratios = "By the paper's rule, measured over published: 0.20 to 0.25 (n 3 models and texts)."
     assert ratios in plots["lengths"].caption
     assert table1(MODEL, "pg19", 32) == {
@@ -192,8 +192,8 @@ def test_published_values_stand_beside_for_every_k(
     assert table1(MODEL, "fanfics", 2) is None
 
 
-def test_published_values_are_those_of_as_many_vectors(tmp_path: Path) -> None:
-    """Without one vector, two of ours stand beside two of theirs."""
+def test_published_values_are_those_of_the_same_number_of_vectors(tmp_path: Path) -> None:
+    """Without rows of one vector, those of two are compared with the published ones of two."""
     head, *runs = SPEC.split("[[runs]]")
     runs = [run for run in runs if "vectors = " in run]  # two and four
     _, plots = report(tmp_path, text="[[runs]]".join([head, *runs]))
@@ -204,8 +204,11 @@ def test_published_values_are_those_of_as_many_vectors(tmp_path: Path) -> None:
     assert not [s for s in plots["utilisation"].panels[1].series if "published" in s.name]
 
 
-def test_horizons_of_progressive_cramming_stand_beside_exact_ones(tmp_path: Path) -> None:
-    """Those of the row's own method, of plain progressive cramming for another, and of one K."""
+def test_published_horizons_of_progressive_cramming_are_beside_exact_ones(tmp_path: Path) -> None:
+    """A recipe has the values of its method; the default has those of progressive cramming.
+
+    Two vectors and other texts have none.
+    """
     head = SPEC.split("[[runs]]")[0].replace(MODEL, "EleutherAI/pythia-1.4b")
     run = '[[runs]]\nprotocol = "exact"\nsources = ["{}"]\nlengths = [8]\npassages = 2\n'
     recipes = ["", "recipe = { preset = 'low-dim' }\n", "recipe = { preset = 'alignment' }\n"]
@@ -227,7 +230,7 @@ def test_horizons_of_progressive_cramming_stand_beside_exact_ones(tmp_path: Path
     assert "Published" not in tables["exact"].note
 
 
-def test_gains_are_those_of_passages_that_filled_their_vectors(
+def test_gains_are_of_passages_that_filled_their_vectors(
     whole: tuple[dict[str, Table], dict[str, Plot]],
 ) -> None:
     """Of lengths 16, 32 and 64, one vector (20 tokens) is full at the last two."""
@@ -253,7 +256,9 @@ def test_gains_are_those_of_passages_that_filled_their_vectors(
     assert rows[4][at + 3] == f"{100 * share:.0f} %"
 
 
-def test_seeds_stand_apart(whole: tuple[dict[str, Table], dict[str, Plot]]) -> None:
+def test_the_table_of_seeds_has_the_deviation_of_their_means(
+    whole: tuple[dict[str, Table], dict[str, Plot]],
+) -> None:
     (row,) = whole[0]["seeds"].rows
     assert row[:5] == ["pythia-160m", "pg19", 1, 3, "16, 16, 16"]
     means = [
@@ -329,7 +334,7 @@ def test_captions_of_the_planes_say_whether_the_vectors_were_filled(
     assert ("98 to 98 %" in remaining.replace("98 %", "98 to 98 %")) or filled
 
 
-def test_scaling_takes_nothing_from_where_no_length_passed(tmp_path: Path) -> None:
+def test_scaling_has_no_values_where_no_length_passed(tmp_path: Path) -> None:
     tables, plots = report(tmp_path, lambda cell, _: 3.0 * cell.vectors)
     assert [row[3] for row in tables["vectors-paper"].rows] == [None] * 3
     assert [p.title for p in plots["vectors"].panels][:1] == ["Max tokens"]  # the published one

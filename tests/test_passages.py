@@ -1,4 +1,4 @@
-"""Documents give their bytes back, and are cut into passages by information."""
+"""Documents give their bytes back, and are cut into passages by bits or by tokens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_text_comes_back_to_the_byte(kind, name):
     lm, text = reader(kind), TEXTS[name]
-    if (kind, name) == ("words", "spaces only"):  # a tokenizer of words makes nothing of them
+    if (kind, name) == ("words", "spaces only"):  # a tokenizer of words makes no token of them
         with pytest.raises(MemvecError, match="makes no tokens"):
             Document.of(lm, text, name=name)
         return
@@ -93,7 +93,7 @@ def test_any_bytes_are_latin_1():
         (b"a\x00b\x00", "utf-16", "does not survive the encoding utf-16"),
     ],
 )
-def test_a_text_that_cannot_be_a_document(text, encoding, sentence):
+def test_a_text_that_cannot_be_a_document_is_refused(text, encoding, sentence):
     with pytest.raises(MemvecError, match=sentence):
         Document.of(reader(), text, encoding=encoding)
 
@@ -139,7 +139,7 @@ def test_edits_that_do_not_fit_are_refused(edits):
 # ---------------------------------------------------------------------- files
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read_are_refused(tmp_path):
     lm = reader()
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(b"a" * 101)
@@ -157,7 +157,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert read_document(lm, str(tmp_path / "fits"), largest=100).size == 100
 
 
-def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("text")
     monkeypatch.setattr("memvec.passages.documents.peek", lambda *_: None)
@@ -172,7 +172,7 @@ def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
 
 
 def slow_surprisals(lm, ids):
-    """Bits of each token after BOS, one forward of the model's own per token."""
+    """Bits of each token after BOS, by one forward pass of the model for each token."""
     found = []
     for t in range(len(ids)):
         before = torch.tensor([[lm.bos_id, *ids[:t]]])
@@ -205,7 +205,7 @@ def test_the_logits_of_a_long_text_are_never_in_memory_at_once(monkeypatch):
     assert rows == [4, 4, 2]
 
 
-def test_a_rest_that_does_not_fit_the_passage_before_it_takes_tokens_of_it():
+def test_a_rest_that_does_not_fit_the_passage_before_takes_a_token_of_it():
     cutter = Cutter(tiny(), tokens=10, max_tokens=10)
     assert [len(p) for p in cutter.cut(random_ids(21), min_tokens=2)] == [10, 9, 2]
     assert [len(p) for p in Cutter(tiny(), tokens=10).cut(random_ids(21), min_tokens=2)] == [10, 11]
@@ -239,7 +239,7 @@ def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
 @pytest.mark.parametrize("least", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [1, 4, 7, 1000])
 @pytest.mark.parametrize("n", [5, 28, 29, 30])
-def test_passages_of_exactly_so_many_tokens(n, tokens, least):
+def test_passages_have_the_given_number_of_tokens(n, tokens, least):
     ids = list(range(n))
     found = list(Cutter(tiny(), tokens=tokens).cut(ids, min_tokens=least))
     assert [token for p in found for token in p.ids] == ids
@@ -248,7 +248,7 @@ def test_passages_of_exactly_so_many_tokens(n, tokens, least):
     assert len(found[-1]) < max(tokens, least) + least
 
 
-def test_cutting_is_lazy(monkeypatch):
+def test_cutting_reads_no_more_than_the_next_passage_needs(monkeypatch):
     lm, asked = copy(tiny()), []
     states = lm.states
     monkeypatch.setattr(
@@ -265,19 +265,19 @@ def test_cutting_is_lazy(monkeypatch):
     ("options", "sentence"),
     [({"tokens": 0}, "^tokens must be at least 1"), ({"tokens": 9, "max_tokens": 8}, "at most 8")],
 )
-def test_lengths_that_cannot_be_cut(options, sentence):
+def test_lengths_that_cannot_be_cut_are_refused(options, sentence):
     with pytest.raises(MemvecError, match=sentence):
         Cutter(tiny(), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 1.0, "tokens": 1}])
-def test_bits_or_tokens_but_not_both(options):
+def test_a_cutter_takes_bits_or_tokens_but_not_both(options):
     with pytest.raises(ValueError, match="either bits or tokens"):
         Cutter(tiny(), **options)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 11])
-def test_halves_are_the_passage(n):
+def test_the_halves_of_a_passage_join_to_it(n):
     passage = Passage(tuple(range(n)), 3, 40)
     a, b = passage.halves()
     assert a.ids + b.ids == passage.ids
@@ -286,14 +286,14 @@ def test_halves_are_the_passage(n):
     assert {a.document, b.document} == {3}
 
 
-def test_no_passage_without_tokens():
+def test_a_passage_without_tokens_is_refused():
     with pytest.raises(MemvecError, match="at least one token"):
         Passage(())
 
 
 @pytest.mark.parametrize("size", [99, 100, 101, 5000])
 @pytest.mark.parametrize("where", ["file", "-"])
-def test_what_is_too_large_is_refused_and_never_cut(size, where, tmp_path, monkeypatch):
+def test_a_text_that_is_too_large_is_refused(size, where, tmp_path, monkeypatch):
     lm, data = reader(), b"a" * size
     (tmp_path / "file").write_bytes(data)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -306,7 +306,7 @@ def test_what_is_too_large_is_refused_and_never_cut(size, where, tmp_path, monke
 
 
 @pytest.mark.parametrize("text", ["The cat", "thé ÇAT", "the 👍 cat 日本語", "Ünïcode"])
-def test_edits_make_the_text_of_what_the_tokenizer_changed(text):
+def test_edits_restore_a_text_that_the_tokenizer_changes(text):
     lm = reader("words")
     document = Document.of(lm, text)
     assert document.edits

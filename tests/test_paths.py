@@ -1,4 +1,4 @@
-"""Every function that takes a path takes a str, a Path, `~`, and an unknown `~NAME`."""
+"""Every function that takes a path accepts a str or a Path, and `~` in it is the home folder."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def path(request, home):
 
 
 def whole(path: object) -> str:
-    """The path that is meant, as errors show it."""
+    """The path with the home folder in place of `~`, as errors show it."""
     return str(path).replace("~/", os.environ["HOME"] + "/")
 
 
@@ -120,7 +120,7 @@ MISSING = {
 
 @pytest.mark.parametrize("entry", MISSING)
 def test_a_missing_file_is_named_whatever_form_its_path_has(entry, path):
-    """`~NAME` of an unknown user stays as it is, and is a name like any other."""
+    """`~NAME` of an unknown user is not replaced: it is the name of a file."""
     with pytest.raises(MemvecError) as caught:
         MISSING[entry](path("none"))
     error = str(caught.value)
@@ -132,14 +132,14 @@ def test_a_journal_in_a_folder_that_is_not_there_is_refused(path):
         cram(reader(), "a", recipe=QUICK, journal=path("none/journal"))
 
 
-def test_a_training_reads_what_is_at_its_path(home, path):
+def test_a_training_reads_the_file_at_its_path(home, path):
     for folder in (home, Path("~nouser")):
         (folder / "text").write_text("no trigger")
     with pytest.raises(MemvecError, match="text is not a trigger that memvec can read"):
         train_trigger(reader(), [[1, 2]], PLAN, replace(QUICK, term="use"), path("text"))
 
 
-def test_what_is_written_is_where_the_path_says(home, path, mem):
+def test_files_are_written_at_their_paths(home, path, mem):
     lm = reader()
     mem.save(path("a.mem.safetensors"))
     mem.save_pretrained(path("folder"), base_licence="mit")
@@ -167,7 +167,7 @@ def test_a_path_has_the_home_folder_for_its_tilde(home, given, form):
 
 
 @pytest.mark.parametrize("given", [None, 7, ["a"], b"a"])
-def test_what_is_no_path_is_refused(given, untyped):
+def test_a_path_of_another_type_is_refused(given, untyped):
     with pytest.raises(MemvecError, match=r"^a path is a str or a Path, not "):
         MemVectors.load(given)
     with pytest.raises(MemvecError, match=r"^a path is a str or a Path, not "):

@@ -1,4 +1,4 @@
-"""The pipeline of transformers: the same passages and answers as memvec's own."""
+"""memvec's pipeline for transformers gives the passages of `decode` and the answers of `use`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read(folder):
     return pipeline("memvec", model=str(folder), dtype="float32", device="cpu")
 
 
-def test_documents_come_back(read, tmp_path):
+def test_the_pipeline_decodes_documents(read, tmp_path):
     mem = codec.cram(reader(), ["the fox", "dog"], vectors=2, tokens=2, recipe=QUICK)
     path = mem.save(tmp_path / "a.mem")
     own = read.model.generation_config
@@ -36,7 +36,7 @@ def test_documents_come_back(read, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
-def test_every_start_rule_is_generated(rule):
+def test_the_pipeline_decodes_passages_of_every_start_rule(rule):
     mem, model = crammed(tiny(), rule), build("llama")
     read = VectorsPipeline(model, device=torch.device("cpu"))
     assert read.passages(mem) == mem.tokens(tiny())
@@ -51,7 +51,7 @@ def test_the_answer_after_a_prompt_is_that_of_use(read):
         read(mem, prompt=" ran", passages=[7])
 
 
-def test_what_is_wrong_is_refused(read):
+def test_vectors_that_do_not_decode_or_fit_the_model_are_refused(read):
     mem = codec.cram(reader(), ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     with pytest.raises(NotExactError, match="passage 0 did not come back"):
         read(MemVectors(-mem.vectors, mem.header))

@@ -1,4 +1,4 @@
-"""`memvec plan`: what a sample says about the whole must be what the whole then takes."""
+"""`memvec plan`: estimates from a sample agree with what cramming the whole text takes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = "the lazy dog sat on the cat"
 @pytest.mark.slow
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_a_short_text_is_measured_whole(vectors, storage):
+def test_a_short_text_is_crammed_whole_and_has_no_interval(vectors, storage):
     lm = reader()
     options = {"vectors": vectors, "tokens": 2, "recipe": QUICK, "storage": storage}
     planned = plan(lm, Document.of(lm, WORDS), **options)
@@ -45,8 +45,8 @@ def test_a_short_text_is_measured_whole(vectors, storage):
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_equal_passages_leave_no_doubt(tokens):
-    """Passages of a fixed length that all fit: the sample gives the count to a passage."""
+def test_exact_passages_of_one_length_give_an_estimate_without_deviation(tokens):
+    """Every passage of the sample needs the same number of vectors."""
     lm = reader()
     document = Document.of(lm, TEXT)
     planned = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
@@ -66,8 +66,8 @@ def test_a_text_of_which_more_than_half_would_be_sampled_is_measured_whole(sampl
     assert (len(document.ids), planned.sampled, planned.sampled_tokens) == (7, sampled, sampled)
 
 
-def test_the_seconds_of_a_passage_are_those_of_its_pieces():
-    """Of all that were tried: steps with their padding, and filling and certifying each."""
+def test_the_seconds_of_a_passage_are_those_of_all_its_pieces():
+    """They have the steps with padding, filling and certification of every piece that was tried."""
     job = CramJob(
         reader(), [], 1, tokens=None, recipe=QUICK, batch_size=1, storage=storage_of("float32")
     )
@@ -77,7 +77,7 @@ def test_the_seconds_of_a_passage_are_those_of_its_pieces():
 
 
 def test_the_rate_is_that_of_steps_with_busy_slots():
-    """Engine totals so far: three slots at 10 ms a token, then one alone at 50 ms."""
+    """The engine's totals are of three slots at 10 ms a token, then of one slot at 50 ms."""
     clock = _Clock(None)
     for slots, tokens, seconds in [(3, 300, 3.0), (3, 600, 6.0), (1, 700, 11.0), (2, 900, 13.0)]:
         now = Progress(slots, 0, 1.0, steps=1, tokens=tokens, seconds=seconds)
@@ -100,8 +100,8 @@ def test_a_sample_is_scaled_to_the_tokens_of_the_document(tokens):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_counts_with_all_its_halves(capsys):
-    """With a handful of steps passages are halved down to single tokens, as in a cram."""
+def test_a_passage_that_is_halved_counts_with_all_its_pieces(capsys):
+    """With three steps, passages are halved down to single tokens, as in a cram."""
     lm = reader()
     document = Document.of(lm, WORDS)
     options = {"vectors": 1, "tokens": 8, "recipe": Recipe(steps=3)}
@@ -115,7 +115,7 @@ def test_what_does_not_fit_counts_with_all_its_halves(capsys):
 
 
 @pytest.mark.slow
-def test_the_same_seed_looks_at_the_same_places():
+def test_the_same_seed_samples_the_same_places():
     lm = reader()
     document = Document.of(lm, TEXT)
     options = {"vectors": 2, "recipe": Recipe(steps=30), "sample": 4}
@@ -124,7 +124,7 @@ def test_the_same_seed_looks_at_the_same_places():
     assert one.bits_per_vector != other.bits_per_vector
 
 
-def test_the_command(command, folder, tmp_path):
+def test_the_command_prints_the_plan_and_writes_no_file(command, folder, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text(TEXT, encoding="utf-8")
     options = ["-m", folder, "--vectors", 2, "--tokens", 2, "--sample", 4, "--set", "steps=600"]
@@ -147,7 +147,7 @@ def test_the_command(command, folder, tmp_path):
         (["--preset", "papr"], "unknown preset 'papr'"),
     ],
 )
-def test_bad_input_is_a_sentence(command, folder, tmp_path, changes, sentence):
+def test_bad_input_is_one_sentence(command, folder, tmp_path, changes, sentence):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     ran = command("plan", tmp_path / "a.txt", "-m", folder, *changes)
     assert ran.code == 2
@@ -162,21 +162,21 @@ def test_bad_input_is_a_sentence(command, folder, tmp_path, changes, sentence):
         (("cram", "--encoding", "base64"), "unknown encoding 'base64'"),
     ],
 )
-def test_what_needs_no_model_is_refused_before_one_is_loaded(command, tmp_path, words, sentence):
-    """A large model takes minutes to load; here there is none, which would be said instead."""
+def test_bad_options_are_refused_before_a_model_is_loaded(command, tmp_path, words, sentence):
+    """A large model takes minutes to load. Here it is missing, which would be another error."""
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     ran = command(words[0], tmp_path / "a.txt", "-m", tmp_path / "no-model", *words[1:])
     assert (ran.code, sentence in ran.err) == (2, True), ran.err
 
 
-def test_small_samples_are_refused_in_python_too():
+def test_small_samples_are_refused_in_python():
     lm = reader()
     with pytest.raises(MemvecError, match=r"^sample must be at least 2"):
         plan(lm, Document.of(lm, TEXT), sample=0)
 
 
 def test_the_length_of_a_passage_does_not_decide_whether_it_is_sampled():
-    """Of passages that overlap the earlier one stays, however long it is."""
+    """Of two passages that overlap the earlier one is kept, whatever its length."""
     kept = []
     for seed in range(400):
         draw = random.Random(seed)

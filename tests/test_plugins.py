@@ -1,4 +1,4 @@
-"""A recipe's parts from another package: one file each, without a change to ours."""
+"""Parts of a recipe that another package or file registers, and errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_objective_is_one_function(plugins):
 
 
 def test_the_schedule_of_the_documentation_crams(plugins):
-    """The page's example, as it stands there."""
+    """The schedule is the example of docs/howto/add-schedule.md."""
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-schedule.md"
     code = re.search(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
     exec(compile(code, str(page), "exec"), {})
@@ -85,8 +85,8 @@ def test_a_schedule_is_one_class(plugins):
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_coordinates_need_not_reach_every_vector(plugins, storage):
-    """A true subspace: vectors are W z, and W has no inverse. What is kept is in the subspace."""
+def test_coordinates_may_be_of_a_subspace(plugins, storage):
+    """Vectors are W z, and W has no inverse. The stored vectors are in the subspace."""
 
     @memvec.register("coordinates", "subspace")
     class Subspace:
@@ -111,7 +111,7 @@ def test_coordinates_need_not_reach_every_vector(plugins, storage):
         assert float(rest.abs().max()) < allowed
 
 
-def test_an_optimizer_and_a_start_have_names_too(plugins):
+def test_an_optimizer_and_a_start_can_be_registered(plugins):
     from memvec.cramming.optimizers import Adam
 
     @memvec.register("optimizer", "halved")
@@ -139,8 +139,8 @@ def test_a_preset_is_a_function_that_returns_a_recipe(plugins):
         Recipe.of("gentel")
 
 
-def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
-    """A function, a class that is made from the recipe, and one that is made from nothing."""
+def test_a_part_may_have_arguments_in_its_name(plugins):
+    """The part is a function, a class made with the recipe, or one made with its arguments only."""
     seen = {}
 
     @memvec.register("objective", "hinge")
@@ -186,8 +186,8 @@ def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
 
 
 @pytest.mark.slow
-def test_the_objectives_of_the_documentation(plugins):
-    """The page's examples, as they stand there."""
+def test_the_objectives_of_the_documentation_give_their_losses(plugins):
+    """The objectives are the examples of docs/howto/add-objective.md."""
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-objective.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
     names: dict = {"__name__": "page"}
@@ -227,7 +227,7 @@ def test_wrong_arguments_of_a_part_are_one_sentence(plugins, value, sentence):
         Recipe.of(objective=value)
 
 
-def test_questions_with_arguments_are_told_from_files(plugins, tmp_path, monkeypatch):
+def test_queries_with_arguments_are_not_taken_for_files(plugins, tmp_path, monkeypatch):
     @memvec.register("queries", "endings")
     def endings(lm, ids, recipe, *, of=""):
         raise AssertionError
@@ -239,7 +239,7 @@ def test_questions_with_arguments_are_told_from_files(plugins, tmp_path, monkeyp
     assert named_files(recipe) == {}
     with pytest.raises(MemvecError, match="the queries 'endings' has no 'off': did you mean 'of'"):
         Recipe.of("usable", queries="endings(off=1)")
-    Path("endings(1).txt").write_text("why?")  # as a browser calls a second one
+    Path("endings(1).txt").write_text("why?")  # a browser's name for a second download
     recipe = Recipe.of("usable", queries="endings(1).txt")
     assert list(named_files(recipe)) == ["questions"]
     assert len(queries_of(reader(), (2, 3), replace(recipe, query_count=1)).ids) == 1
@@ -247,20 +247,20 @@ def test_questions_with_arguments_are_told_from_files(plugins, tmp_path, monkeyp
     assert named_files(Recipe.of("usable", queries="endings")) == {}
 
 
-def test_a_space_has_no_arguments_for_files_name_it(plugins):
+def test_a_space_may_not_have_arguments(plugins):
     memvec.register("space", "mine")(lambda lm, options, *, by=2: None)
     with pytest.raises(MemvecError, match="the space 'mine' has no arguments of its own: leave"):
         Recipe.of(space="mine(by=3)")
 
 
 @pytest.mark.parametrize("name", ["a(b", "a)", "(", " ", ""])
-def test_a_name_that_nothing_could_choose_is_refused(plugins, name):
+def test_a_name_that_no_recipe_could_choose_is_refused(plugins, name):
     with pytest.raises(MemvecError, match="no objective can be called"):
         memvec.register("objective", name)
 
 
 @pytest.mark.parametrize("name", ["auto", "encoder"])
-def test_a_start_has_no_name_that_a_recipe_reads_otherwise(plugins, name):
+def test_a_start_may_not_have_a_reserved_name(plugins, name):
     with pytest.raises(MemvecError, match=f"the name '{name}' is taken by another start"):
         memvec.register("start", name)
 
@@ -284,7 +284,7 @@ def plugged_in(logits, ids, temperature, recipe):
 
 @pytest.mark.slow
 def test_an_installed_package_is_known_to_the_command(folder, tmp_path, python):
-    """As pip leaves it: a module, and metadata that names the entry point."""
+    """As pip installs it, the package is a module and metadata with an entry point."""
     place = tmp_path / "site"
     (place / "plugged_in-1.0.dist-info").mkdir(parents=True)
     (place / "plugged_in.py").write_text(PLUGIN)
@@ -311,7 +311,7 @@ def test_an_installed_package_is_known_to_the_command(folder, tmp_path, python):
 
 @pytest.mark.slow
 def test_a_file_is_known_to_the_command_by_its_path(folder, tmp_path, python):
-    """Also where a module has its name; a file that fails is named."""
+    """The file may have the name of a module. The error of a wrong file names it."""
     (tmp_path / "json.py").write_text(PLUGIN)
     (tmp_path / "other.py").write_text(PLUGIN.replace("plugged-in", "second"))
     (tmp_path / "broken.py").write_text("import nothing_at_all")
@@ -554,7 +554,7 @@ SAID = {
 
 @pytest.fixture(scope="module")
 def sentences(python: str) -> dict[str, str]:
-    """What a wrong plug-in of each sort leads to, in a process without the tests' type checks."""
+    """The error of each wrong plug-in, in a process without the type checks of the tests."""
     here = Path(__file__).parent
     paths = [str(here), str(Path(memvec.__file__).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -618,7 +618,7 @@ def test_a_part_may_call_its_own_methods_with_keywords(plugins):
     assert made.out_of_patience(state).shape == (3,)
 
 
-def test_an_optimizer_may_gather_gradients_before_it_moves(plugins):
+def test_an_optimizer_may_move_at_some_steps_only(plugins):
     @memvec.register("optimizer", "every-fourth")
     class EveryFourth(NAdam):
         calls = 0
@@ -632,8 +632,8 @@ def test_an_optimizer_may_gather_gradients_before_it_moves(plugins):
     assert [o.exact for o in crammed(recipe)] == [True] * 3
 
 
-def test_a_schedule_may_count_nothing_for_a_while(plugins):
-    """Also while it counts nothing of any passage in the batch, and where it returns `length`."""
+def test_a_schedule_may_count_nothing_in_its_first_steps(plugins):
+    """`late` counts nothing of any passage at first; `hurried` returns `length` itself."""
 
     @memvec.register("schedule", "late")
     class Late(Schedule):
@@ -656,7 +656,7 @@ def test_a_schedule_may_count_nothing_for_a_while(plugins):
 
 
 def test_a_position_that_does_not_count_has_no_weight(plugins):
-    """It may be padding, whose loss depends on how long the other passages are."""
+    """The position may be padding, whose loss depends on the lengths of other passages."""
 
     @memvec.register("objective", "all-positions")
     class All(objectives.CrossEntropy):
@@ -671,8 +671,8 @@ def test_a_position_that_does_not_count_has_no_weight(plugins):
 
 
 @pytest.mark.slow
-def test_a_file_that_a_script_imports_too_is_run_once(tmp_path, python):
-    """Also if the script itself is the file, so that its workers know its parts."""
+def test_a_plugin_file_that_a_script_imports_runs_once(tmp_path, python):
+    """The script may be the file, so that the script's workers know its parts."""
     (tmp_path / "mine.py").write_text(PLUGIN)
     (tmp_path / "using.py").write_text("import mine, memvec\nmemvec.Recipe(objective='plugged-in')")
     (tmp_path / "itself.py").write_text(PLUGIN + "memvec.Recipe(objective='plugged-in')")
@@ -688,7 +688,7 @@ def test_a_file_that_a_script_imports_too_is_run_once(tmp_path, python):
         assert ran.returncode == 0, ran.stderr
 
 
-def test_an_unknown_part_may_be_one_of_a_plugin():
+def test_the_error_of_an_unknown_part_mentions_plugins():
     hint = "; if it is a plug-in's, install it or name its file in MEMVEC_PLUGINS."
     with pytest.raises(MemvecError, match=re.escape(f"vectors{hint}")):
         registry.get("protocol", "zzz")

@@ -1,4 +1,4 @@
-"""The built-in model: it is there, sound, and does what its card says."""
+"""The built-in model `pocket`: its files, its tokenizer, its encoder, and a text that is exact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pocket():
     return load_lm()
 
 
-def test_it_loads_with_what_belongs_to_it(pocket):
+def test_pocket_loads_with_its_encoder_and_facts(pocket):
     assert pocket.name == "pocket"
     assert pocket.encoder is not None
     assert pocket.encoder.summary.shape[-1] == pocket.width
@@ -42,14 +42,14 @@ def test_it_loads_with_what_belongs_to_it(pocket):
 
 
 @pytest.mark.slow
-def test_the_doctor_passes_it(monkeypatch):
+def test_the_doctor_accepts_pocket(monkeypatch):
     monkeypatch.setattr("memvec.lab.doctor.speed", lambda lm: 1.0)
     report = examine("pocket")
     assert report["can_be_crammed"] is True
     assert report["reason"] is None
 
 
-def test_its_tokenizer_gives_every_byte_back(pocket):
+def test_the_tokenizer_of_pocket_gives_every_byte_back(pocket):
     strange = TEXT + "\t👍 敏捷的\r\n\x00\ufeff é e\u0301 \n\n"
     assert pocket.text(pocket.tokenize(strange)) == strange
 
@@ -64,7 +64,7 @@ def test_a_hundred_words_come_back(pocket, tmp_path):
 
 
 @pytest.mark.slow
-def test_its_encoder_is_a_better_start_than_noise(pocket):
+def test_the_encoder_of_pocket_is_a_better_start_than_noise(pocket):
     ids = pocket.tokenize(TEXT)
     asked = [Passage(tuple(ids[at : at + 12])) for at in range(0, 96, 12)]
     steps = {}
@@ -75,8 +75,8 @@ def test_its_encoder_is_a_better_start_than_noise(pocket):
     assert steps["encoder"] < steps["noise"]
 
 
-def test_the_encoder_reads_passages_together_as_it_reads_them_alone(pocket):
-    """A batch of mixed lengths gives each passage its own vectors, in the order asked."""
+def test_the_encoder_of_pocket_gives_a_passage_the_same_vectors_in_a_batch(pocket):
+    """The batch has mixed lengths; `alone` makes the vectors equal bit for bit."""
     ids = [pocket.tokenize(TEXT)[a:b] for a, b in ((0, 9), (3, 9), (1, 10), (2, 8))]
     together = start_vectors(pocket, ids, 2, Recipe())
     for part, found in zip(ids, together, strict=True):

@@ -1,4 +1,4 @@
-"""Steps in bfloat16: the model stays as it is, and so does what exact means."""
+"""Steps in bfloat16 leave the model unchanged, and margins are confirmed in its own dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def crammed(lm, asked, recipe=HALF, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 @pytest.mark.parametrize("family", SOME)
-def test_what_is_done_has_its_margins_in_float32(family, storage):
+def test_finished_passages_have_their_margins_in_float32(family, storage):
     lm, asked = tiny(family), passages(4, 3, 5, 2, seed=11)
     engine = Engine(lm, HALF, vectors=2, batch_size=3, storage=storage)
     assert engine.module is not lm
@@ -51,7 +51,7 @@ def test_what_is_done_has_its_margins_in_float32(family, storage):
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_the_model_itself_is_not_touched(family):
+def test_the_model_itself_is_not_changed(family):
     lm = tiny(family)
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     kernel = lm.config._attn_implementation
@@ -68,7 +68,7 @@ def test_the_model_itself_is_not_touched(family):
 
 
 @pytest.mark.parametrize(("device", "rounds"), [("cpu", True), ("cuda", False)])
-def test_only_steps_on_a_cpu_are_rounded_unasked(device, rounds, monkeypatch):
+def test_auto_rounds_steps_on_a_cpu_only(device, rounds, monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(precision, "MIN_PARAMETERS", 0)
     lm = FrozenLM(build("llama"), name="somewhere")
@@ -77,13 +77,13 @@ def test_only_steps_on_a_cpu_are_rounded_unasked(device, rounds, monkeypatch):
     assert (precision.for_steps(lm, "auto") is not lm) is rounds
 
 
-def test_weights_in_few_bits_are_never_rounded_again():
+def test_quantized_weights_are_not_rounded_again():
     lm = FrozenLM(build("llama"), name="few-bits", quantize="8bit")
     assert precision.for_steps(lm, "bfloat16") is lm
 
 
 def test_the_rounded_copy_of_a_trained_model_has_its_fingerprint():
-    """The weights were changed before the model was wrapped; the copy's never were."""
+    """The weights were changed before `FrozenLM` got the model; those of the copy never are."""
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1.01)
@@ -155,7 +155,7 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
     assert len({other.steps for other in found}) == 1
 
 
-def test_one_step_vectors_too():
+def test_one_step_vectors_are_exact_after_steps_in_bfloat16():
     lm, asked = one_step(tiny()), passages(2, 3, seed=13)
     engine = Engine(lm, replace(HALF, steps=300), vectors=2, batch_size=2)
     assert engine.module.layout == "one-step"
@@ -163,8 +163,8 @@ def test_one_step_vectors_too():
     assert all(o.exact for o in outcomes if o.status == "done")
 
 
-def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
-    """A passage whose rounded margins suffice and whose own do not stays in its slot."""
+def test_a_margin_that_holds_in_bfloat16_only_raises_the_target_margin():
+    """The passage is not confirmed, and so stays in its slot."""
     lm, (passage,) = tiny(), passages(3, seed=14)
     engine = Engine(lm, replace(HALF, margin=0.2), vectors=2, batch_size=1)
     engine.push(passage)
@@ -185,8 +185,8 @@ def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_wide_attention_is_attention(dtype):
-    """The model with it answers as closely to float32 as the model without, or closer."""
+def test_wide_attention_is_as_accurate_as_the_models_own(dtype):
+    """The mean error of the logits against float32 is at most 1.2 times that without it."""
     truth = tiny("llama")
     model = type(truth.model)(truth.model.config.__class__(**truth.model.config.to_dict()))
     model.load_state_dict(truth.model.state_dict())
@@ -204,7 +204,7 @@ def test_wide_attention_is_attention(dtype):
     assert torch.isfinite(gradient).all()
 
 
-def test_a_model_that_hands_its_mask_in_by_name_is_served():
+def test_wide_attention_takes_a_mask_by_name():
     """Doge calls the kernel with `attention_mask=`."""
     model = build("doge").to(torch.bfloat16)
     plain = model(input_ids=torch.arange(2, 9)[None], use_cache=False).logits
@@ -214,7 +214,7 @@ def test_a_model_that_hands_its_mask_in_by_name_is_served():
     assert float((wide - plain).detach().abs().max()) < 0.1
 
 
-def test_steps_in_another_dtype_than_was_asked_for_are_told(monkeypatch):
+def test_steps_in_another_dtype_than_requested_give_a_warning(monkeypatch):
     lm = tiny("gpt2", seed=3)
     monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
     monkeypatch.setattr(precision, "COPIES", WeakKeyDictionary())
@@ -225,8 +225,8 @@ def test_steps_in_another_dtype_than_was_asked_for_are_told(monkeypatch):
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("corrections", [0, 1, 3])
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_who_is_confirmed_is_decided_passage_by_passage(factor, corrections, fixed):
-    """By the model's own margins: padding, neighbours and listed tokens decide nothing."""
+def test_each_passage_is_confirmed_by_its_own_margins(factor, corrections, fixed):
+    """Padding, neighbours and listed tokens do not matter."""
     lm, lengths = tiny(), [7, 5, 4, 3]
     vectors = 2 * torch.randn(4, 2, lm.width, generator=torch.Generator().manual_seed(3))
     missed = [[], [(1, 5)], [(0, 7), (2, 9)], [(2, 2)]]

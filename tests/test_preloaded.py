@@ -1,4 +1,4 @@
-"""The Python of tests/preloaded.py against the interpreter: the same program, the same end."""
+"""A program behaves in the Python of tests/preloaded.py as in the interpreter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ print("said", file=sys.stderr)
 
 @pytest.fixture
 def programs(tmp_path):
-    """The program as a file, as a module, as a folder and as words."""
+    """The program as a file, a module, a folder and a string of code."""
     for place in (tmp_path, tmp_path / "folder", tmp_path / "packages"):
         place.mkdir(exist_ok=True)
         (place / "about.py").write_text(PROGRAM)
@@ -37,7 +37,7 @@ def programs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "relative", "module", "folder", "words"])
-def test_a_program_sees_what_the_interpreter_shows_it(kind, programs, tmp_path, python):
+def test_a_program_has_the_same_arguments_paths_and_input(kind, programs, tmp_path, python):
     own = {"MARK": "é", "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), "/nowhere"])}
     seen = []
     for executable in (sys.executable, python):
@@ -71,7 +71,7 @@ ENDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ENDS)
-def test_a_program_ends_as_it_would(code, python):
+def test_a_program_ends_as_in_the_interpreter(code, python):
     ends = []
     for executable in (sys.executable, python):
         ran = subprocess.run([executable, "-c", code], capture_output=True, text=True)
@@ -110,7 +110,7 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_program_has_the_libraries_already(python):
+def test_the_libraries_are_loaded_before_a_program_starts(python):
     code = "import sys; print('torch' in sys.modules, sys.executable)"
     ran = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     if python != sys.executable:

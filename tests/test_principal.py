@@ -24,8 +24,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.mark.slow
 @every_family
-def test_directions_are_those_of_gradients_taken_one_by_one(family):
-    """Through autograd and the whole loss, row by row; the mean of g gᵀ is diagonal in them."""
+def test_directions_are_the_eigenvectors_of_gradients_computed_one_by_one(family):
+    """The slow gradients are of the whole loss, by autograd; the sum of g gᵀ is diagonal."""
     lm = tiny(family)
     found = principal.gradient_spectrum(lm).directions
     D, recipe = lm.width, Recipe().in_logits(lm.logit_spread)
@@ -44,15 +44,15 @@ def test_directions_are_those_of_gradients_taken_one_by_one(family):
     turned = found.T.double() @ covariance @ found.double()
     shares = turned.diag()
     assert float((turned - shares.diag()).abs().max()) < 2e-3 * float(shares.max())
-    assert bool((shares.diff() > -1e-3 * shares.max()).all())  # from the least share on
+    assert bool((shares.diff() > -1e-3 * shares.max()).all())  # in ascending order
     assert float(shares.sum()) == pytest.approx(principal.ROWS * D, rel=1e-3)
     kept = principal.gradient_spectrum(lm).shares.double()
     torch.testing.assert_close(kept, shares, rtol=2e-3, atol=2e-3 * float(shares.max()))
 
 
 @both
-def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
-    """Nor what stands in front of the vectors: directions are the model's own."""
+def test_earlier_crams_change_no_direction(recipe, monkeypatch):
+    """Inputs in front of the vectors change none either, because directions are of the model."""
     lm, (passage,) = tiny(), passages(6, seed=3)
     recipe = replace(recipe, steps=6, margin=1e3)
     after = replace(recipe, front="bos")
@@ -68,7 +68,7 @@ def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
         assert torch.equal(found[0][front], found[1][front])
 
 
-def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch):
+def test_directions_are_computed_once_and_do_not_depend_on_the_batch(monkeypatch):
     lm = tiny()
     found = principal.gradient_spectrum(lm)
     assert principal.gradient_spectrum(lm) is found
@@ -76,15 +76,15 @@ def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch
     monkeypatch.setattr(principal, "SPECTRA", {})
     monkeypatch.setattr(principal, "BATCH", 5)
     again = principal.gradient_spectrum(lm)
-    # In the same order, up to sign, where shares are well apart: the largest ones.
+    # The directions of the largest shares, which are well apart, are equal up to sign.
     along = (found.directions * again.directions).sum(0).abs()
     assert float(along[-4:].min()) > 0.99
     torch.testing.assert_close(found.shares, again.shares, rtol=1e-3, atol=1e-3)
 
 
 @every_family
-def test_whitened_gradients_have_half_of_the_models_spread(family):
-    """The mean of W g (W g)ᵀ has the roots of the eigenvalues; steps are as long on average."""
+def test_whitened_gradients_have_the_roots_of_the_eigenvalues(family):
+    """The eigenvalues are those of the mean of g gᵀ; W keeps the mean length of a step."""
     lm = tiny(family)
     shares, directions = principal.gradient_spectrum(lm)
     white = principal.Whitened(Recipe(), 1, lm)
@@ -101,13 +101,13 @@ def test_whitened_gradients_have_half_of_the_models_spread(family):
 
 @both
 @every_family
-def test_what_is_crammed_is_exact_and_kept_as_measured(family, recipe):
+def test_crammed_passages_decode_from_the_returned_vectors(family, recipe):
     exact_as_measured(tiny(family), recipe)
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
 @pytest.mark.parametrize("coordinates", [principal.Principal, principal.Whitened])
-def test_coordinates_round_alone_as_beside_others(coordinates, K):
+def test_coordinates_of_a_passage_are_equal_bit_for_bit_in_any_batch(coordinates, K):
     lm = tiny()
     made, asked = coordinates(TURNED, K, lm), torch.randn(9, K, lm.width)
     for turn in (made.parameters, made.vectors):
@@ -118,12 +118,12 @@ def test_coordinates_round_alone_as_beside_others(coordinates, K):
 
 
 @both
-def test_a_passage_does_not_feel_its_neighbours(recipe):
+def test_a_passage_does_not_depend_on_its_neighbours(recipe):
     alone_as_beside_others(recipe)
 
 
 @both
-def test_other_spaces_are_moved_directly_and_say_so(recipe):
+def test_other_spaces_have_direct_coordinates_in_their_recipe(recipe):
     lm = tiny()
     record = Engine(lm, recipe).recipe.record()
     assert record["coordinates"] == recipe.coordinates

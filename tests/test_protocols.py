@@ -1,4 +1,4 @@
-"""Protocols of other packages, and stores of earlier memvecs."""
+"""Protocols of other packages, and stores of earlier versions of memvec."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_protocol_without_a_recomputation_is_named(
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module of another package, imported."""
+    """A module of another package is imported, and its protocol removed after the test."""
     (tmp_path / "hardest_token.py").write_text(MINE, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("hardest_token")
@@ -172,7 +172,7 @@ def test_a_protocol_that_reports_no_list_is_named_in_the_reports_of_its_rows_onl
     assert write_report(tmp_path / "exact", tmp_path / "report").page.is_file()
 
 
-def test_specs_know_the_names_and_options_of_other_packages(plugin: None) -> None:
+def test_errors_of_a_spec_name_protocols_and_options_of_other_packages(plugin: None) -> None:
     with pytest.raises(MemvecError, match=r"protocol 'hardst' in runs .1.: did you mean 'hardest'"):
         parse_spec(HEAD + HARDEST.replace("hardest", "hardst"), "spec")
     with pytest.raises(MemvecError, match=r"has no option 'scale': it belongs to 'hardest'"):
@@ -216,13 +216,13 @@ EXTRAS = EXTRAS[: EXTRAS.index('[[runs]]\nprotocol = "one-step"')] + USABLE
 
 @pytest.fixture(scope="module")
 def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of the protocols that measure something besides."""
+    """A study of the protocols that have measurements of their own."""
     base = tmp_path_factory.mktemp("extras")
     run(spec_in(base, HEAD + EXTRAS), base, base / "out")
     return base / "out"
 
 
-FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`, what is said
+FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`, the sentence
     {
         "context": ('{"after_context": {}}', "context, numbers of tokens is stored as []"),
         "copy": ('{"after_copy": [1.0, 0]}', "copy is stored as [1.0"),
@@ -252,7 +252,7 @@ FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`
 
 @pytest.mark.slow
 @pytest.mark.parametrize("falsified", FALSIFIED)
-def test_the_check_sees_a_falsified_measurement_of_each_protocol(
+def test_the_check_notices_a_falsified_measurement_of_each_protocol(
     extras: Path, monkeypatch: pytest.MonkeyPatch, falsified: dict[str, tuple[str, str]]
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -285,8 +285,8 @@ def restore(folder: Path, rows: list[tuple[str, int, str]]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [4, 64, 65])
-def test_real_tokens_are_the_last_ones_before_and_fit_the_context(tokens: int) -> None:
-    """Two copies of 65 tokens do not fit 128 positions, and 64 other ones fit no more than 64."""
+def test_the_context_is_the_last_tokens_before_a_passage_if_they_fit(tokens: int) -> None:
+    """Two copies of 65 tokens do not fit 128 positions, nor do 64 tokens in front of 65."""
     lm, (before, passage) = tiny(), passages(70, tokens, seed=42)
     sourced = SourcedPassage(0, passage, "x", before.ids)
     (outcome,) = Engine(lm, Recipe(steps=1)).run(passages(1))
@@ -301,7 +301,7 @@ def test_real_tokens_are_the_last_ones_before_and_fit_the_context(tokens: int) -
     assert contexts["after_context"]["2"] == expected
 
 
-# ---------------------------------------------------------------------- stores of earlier memvecs
+# ---------------------------------------------------------------------- stores of earlier versions
 
 SMALL = HEAD + HARDEST.replace("hardest", "exact").replace("scale = 2.0\n", "")
 # The columns of `rows` before they derived from PassageResult, in their order.
@@ -313,7 +313,7 @@ EARLIER = (
 
 
 def as_earlier(folder: Path) -> None:
-    """Turn a store into one as the code before wrote it: its order of columns, and `seats`."""
+    """Give a store the order of columns of an earlier version, and its column `seats`."""
     db = sqlite3.connect(folder / "study.sqlite")
     names = [{"seats": "batch_size"}.get(name, name) for name in EARLIER.split()]
     records = [
@@ -334,7 +334,7 @@ def as_earlier(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_of_an_earlier_memvec_is_read_checked_and_continued(
+def test_a_store_of_an_earlier_version_is_read_checked_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -342,7 +342,7 @@ def test_a_store_of_an_earlier_memvec_is_read_checked_and_continued(
     run(spec_in(tmp_path, SMALL), tmp_path, folder)
     before = everything(folder)
     as_earlier(folder)
-    for again in range(2):  # read as it is, then with its column renamed by a run
+    for again in range(2):  # unchanged, and after a run has renamed its column
         kept = everything(folder)
         assert {key: kept[key] for key in before} == before
         assert check_study(folder)["wrong"] == []
@@ -375,7 +375,7 @@ def test_a_spec_with_the_earlier_name_of_the_batch_size_is_read(tmp_path: Path) 
 
 
 def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatch):
-    """The page's example, as it stands there, on crammed passages."""
+    """The protocol is the example of docs/howto/add-protocol.md."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-protocol.md"
     code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
@@ -404,8 +404,8 @@ def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatc
 
 @pytest.mark.parametrize("name", ["upper-bound", "context", "copy"])
 @pytest.mark.parametrize("start", ["vectors", "first-token"])
-def test_what_a_passage_costs_without_vectors_is_the_same_with_its_own_bos(name, start):
-    """As H_LM, which has that BOS given: no protocol may charge for it, nor read it twice."""
+def test_a_passages_own_bos_does_not_change_its_bits_without_vectors(name, start):
+    """H_LM does not count that BOS, so no protocol may count it or read it twice."""
     lm, protocol = reader(), protocol_of(name)
     before, options = (7, 8, 9, 10), {"contexts": [3]}
     storage, rest = STORAGES["float32"], (5, 9, 6, 11)
@@ -431,7 +431,7 @@ def test_what_a_passage_costs_without_vectors_is_the_same_with_its_own_bos(name,
 
 
 def _slowly(lm: FrozenLM, outcome: Outcome, rule: str, **more: Any) -> SlowPassage:
-    """An outcome as `study check` hands it to a protocol."""
+    """The passage that `study check` gives to a protocol, made from an outcome."""
     return SlowPassage(
         lm,
         ids=outcome.passage.ids,

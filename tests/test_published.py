@@ -39,7 +39,7 @@ def ours(recipe, passage, family):
 
 
 def kuratov(lm, ids, vector):
-    """The whole passage after [vector, tokens]; what the vector itself predicts is thrown away."""
+    """The model reads [vector, tokens]; the loss leaves out the first token of the passage."""
     memory = torch.nn.Parameter(vector.clone())
     optimizer = torch.optim.AdamW([memory], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     tokens = torch.tensor([ids])
@@ -56,7 +56,7 @@ def kuratov(lm, ids, vector):
 
 
 def mezentsev(lm, ids, vectors):
-    """[e, m, m ... m], one output for each token, the mean loss of all of them."""
+    """The model reads [e, m, m ... m]; the loss is a mean over outputs, one for each token."""
     pair = torch.nn.Parameter(vectors.clone())
     optimizer = torch.optim.AdamW([pair], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     found = []
@@ -71,7 +71,7 @@ def mezentsev(lm, ids, vectors):
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
-def test_one_step_as_published(family):
+def test_the_first_moves_of_one_step_are_those_of_its_publication(family):
     passage, recipe = passages(12)[0], Recipe.of("one-step")
     lm = one_step(tiny(family))
     engine = Engine(lm, recipe, vectors=2, batch_size=1)
@@ -95,7 +95,7 @@ def tarasov(
     doubling=False,
     align=0,
 ):
-    """Stages of one more token; a stage ends, without a step, when all its tokens are right."""
+    """Each stage has one more token; it ends, without a step, when all its tokens are right."""
     if low_dim is None:
         memory = torch.nn.Parameter(vector.clone())
         parameters, embedding = [memory], lambda: memory
@@ -144,14 +144,14 @@ def tarasov(
         rate.step()
         found.append(embedding().detach().clone())
         stages.append(stage)
-    assert max(stages) > stages[0]  # or the stages were not looked at
+    assert max(stages) > stages[0]  # at least one stage ended
     return found
 
 
 def distance(lm, memory, read, layers):
     """1 - cosine of the hidden states of the tokens that are read, with the vector and without.
 
-    Of the first `layers` hidden states, as transformers lists them: the embeddings are the first.
+    It is a sum over the first `layers` hidden states of transformers, which begin with embeddings.
     """
     bos = lm.embedding(torch.tensor([lm.bos_id]))
     after, plain = (
@@ -182,7 +182,7 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
-def test_the_first_moves_are_the_publications(preset, family):
+def test_the_first_moves_of_a_preset_are_those_of_its_publication(preset, family):
     lm, (passage,) = tiny(family), passages(12, seed=30)
     recipe = replace(Recipe.of(preset), **CHANGED.get(preset, {}))
     (start,) = start_vectors(lm, [passage.ids], 1, recipe)
@@ -193,7 +193,7 @@ def test_the_first_moves_are_the_publications(preset, family):
     assert float((found[-1] - start).abs().max()) > 0.015
 
 
-def test_a_rate_of_zero_is_that_of_the_family_and_any_other_stays():
+def test_a_preset_takes_the_rate_of_the_family_unless_it_has_one():
     for family, rate in (("gpt-neox", 0.5), ("llama", 0.1)):
         assert Engine(tiny(family), Recipe.of("progressive")).recipe.lr == rate
         assert Engine(tiny(family), Recipe.of("low-dim", lr=0.3)).recipe.lr == 0.3
@@ -234,7 +234,7 @@ def test_the_learning_rate_is_the_published_schedule():
 
 @pytest.mark.parametrize("name", registry.names("coordinates"))
 @pytest.mark.parametrize("K", [1, 3])
-def test_coordinates_take_up_any_vectors(name, K):
+def test_coordinates_represent_any_vectors(name, K):
     lm = tiny()
     vectors = torch.randn(2, K, lm.width, generator=torch.Generator().manual_seed(6))
     coordinates = registry.get("coordinates", name)(Recipe(dimensions=8), K, lm)
@@ -242,7 +242,7 @@ def test_coordinates_take_up_any_vectors(name, K):
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-6)
 
 
-def test_where_published_recipes_begin():
+def test_published_recipes_start_from_their_distributions():
     """Uniform in [0, 0.02); a linear layer's bias, uniform in +-1/sqrt(d), plus a little."""
     lm, passage = tiny(), passages(5, seed=31)[0]
     (uniform,) = start_vectors(lm, [passage.ids], 64, Recipe.of("progressive"))

@@ -1,4 +1,4 @@
-"""Where a model reads its vectors: what is measured inside, and the study that shows it."""
+"""The protocol `reading`: attention to the vectors, the logit lens, and the optimizer's path."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def inputs_of(lm):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox"])
-def test_attention_shares_are_those_of_the_written_out_softmax(family):
-    """Recomputed from what the first layer makes of its queries and keys, one head at a time."""
+def test_attention_shares_are_those_of_a_softmax_by_hand(family):
+    """For Llama, they are computed from queries and keys of the first layer, head by head."""
     lm = tiny(family)
     inputs, before = inputs_of(lm), lm.config._attn_implementation
     whole = lm.states_of(inputs, keep=3)
     shares = inside.attention_shares(lm, inputs, K)
-    assert lm.config._attn_implementation == before  # nothing stays behind
+    assert lm.config._attn_implementation == before  # the model is restored
     assert torch.equal(lm.states_of(inputs, keep=3), whole)
     assert len(shares) == 2
     assert all(0 < share < 1 for share in shares)
@@ -76,8 +76,8 @@ def test_the_lens_of_the_last_layer_is_the_models_answer(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox", "gpt2", "gemma"])
-def test_the_slow_path_finds_the_same_inside(family):
-    """Shares from queries and keys one by one, the lens by leaving layers out; nothing stays."""
+def test_the_slow_path_gives_the_same_shares_and_lens(family):
+    """It takes shares from queries and keys, the lens from fewer layers, and restores the model."""
     lm = tiny(family)
     vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
     inputs, token = lm.inputs(vectors[None], torch.tensor([ASKED.ids]), "bos"), ASKED.ids[0]
@@ -94,9 +94,9 @@ def test_the_slow_path_finds_the_same_inside(family):
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss", "vaultgemma"])
-def test_windows_caps_and_sinks_are_attention_too(family):
-    """The slow path has shares of what a position may read: a window of 5, scores that are capped,
-    and a sink that takes a part of the weight."""
+def test_attention_shares_respect_windows_soft_caps_and_sinks(family):
+    """The families have a window of 5 tokens, soft caps on the scores, or a sink that takes a part
+    of the weight."""
     lm, (passage,) = tiny(family), passages(9, seed=4)
     vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
     inputs = lm.inputs(vectors[None], torch.tensor([passage.ids]), "bos")
@@ -108,21 +108,21 @@ def test_windows_caps_and_sinks_are_attention_too(family):
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])
-def test_models_without_such_insides_are_refused(family):
+def test_models_without_attention_weights_are_refused(family):
     lm = tiny(family)
     with pytest.raises(MemvecError, match="has no attention whose weights could be read"):
         inside.attention_shares(lm, inputs_of(lm), K)
 
 
 @pytest.mark.parametrize("family", ["opt-projected", "xlm"])
-def test_a_model_whose_head_is_not_after_its_norm_has_no_lens(family):
+def test_a_model_without_a_final_norm_in_front_of_its_head_has_no_lens(family):
     lm = tiny(family)
     with pytest.raises(MemvecError, match="has no final norm where a logit lens could look"):
         inside.logit_lens(lm, inputs_of(lm), K, ASKED.ids[0])
 
 
-def test_a_path_goes_from_the_start_to_the_end():
-    """Its plane is that of numpy's principal components; distances in it never exceed the true."""
+def test_a_path_is_centred_in_two_components_and_ends_with_the_whole_passage():
+    """The first component has the larger variance, and the last point is positive in both."""
     lm = tiny()
     recipe = Recipe(start_rule="bos", steps=QUICK.steps, compute="model")
     path = inside.path_of(lm, ASKED.ids, K, recipe, "float32")
@@ -152,7 +152,7 @@ passages = 2
 
 
 @pytest.mark.slow
-def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
+def test_a_study_of_reading_is_recomputed_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     out = tmp_path / "out"
     run(spec_in(tmp_path, STUDY), tmp_path, out)
@@ -166,7 +166,7 @@ def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
     assert table["attention share"].between(0, 1).all()
     assert table["left without it"].between(0, 1).all()
     assert (table["n"] == 2).all()
-    # Cut in the last layer and all above it is cut in the last layer.
+    # No layer is above the last one, so both columns agree there.
     last = table.iloc[-1]
     assert last["left without it"] == last["left without it and above"]
     page = (out / "report" / "index.html").read_text("utf-8")
@@ -189,6 +189,6 @@ def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
         spec_in(tmp_path, STUDY + "recipe = { lr = 0.2 }\n")
 
 
-def test_the_shipped_spec_is_valid():
+def test_the_spec_of_the_repository_is_valid():
     spec = read_spec(Path(__file__).parent.parent / "studies" / "reading.toml")
     assert [run.protocol for run in spec.runs] == ["reading"]

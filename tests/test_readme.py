@@ -124,7 +124,7 @@ def test_the_commands_of_the_start_page_run_and_the_bytes_come_back(shell):
 
 
 def test_the_headline_is_ordinary_text_of_48_tokens():
-    """Held-out novels have 1.75 to 1.98 bits per character; an easy text would flatter."""
+    """Held-out novels have 1.75 to 1.98 bits per character; an easier text would fit better."""
     import memvec
     from memvec.passages.cutting import surprisals
 
@@ -141,7 +141,7 @@ def test_the_readme_is_short_and_names_the_test_command():
     assert "`make test`" in README
 
 
-def test_numbers_that_are_far_apart_or_other_words_are_noticed():
+def test_the_comparison_notices_other_words_and_distant_numbers():
     assert_alike("  tokens   225, cost 1.0 s", "tokens 226, cost 1.1 s")
     with pytest.raises(AssertionError):
         assert_alike("tokens 225", "tokens 400")

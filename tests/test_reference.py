@@ -1,4 +1,4 @@
-"""The engine does what the readable loop does: the same steps, vectors and right tokens."""
+"""The engine against the loop in arms/reference.py: the same steps, vectors and right tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOW, OTHERS = pytest.mark.slow, ("gpt2", "mamba")  # `make check` leaves them o
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=SLOW) for f in OTHERS)])
-def test_the_engine_with_the_papers_recipe_is_the_reference(family, rule, K):
+def test_the_engine_with_the_papers_recipe_equals_the_reference(family, rule, K):
     lm, asked = tiny(family), passages(3, 6, 4, seed=21)
     # Small steps: rounding differences between a batch and one passage must not grow.
     recipe = Recipe.of("paper", start_rule=rule, steps=25, lr=1e-3)
@@ -36,8 +36,8 @@ def test_the_engine_with_the_papers_recipe_is_the_reference(family, rule, K):
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-def test_the_reference_crams(rule):
-    """To the end, on its own: the loss falls, and what it returns decodes freely."""
+def test_the_reference_crams_a_passage_that_decodes(rule):
+    """The loss falls, and the returned vectors decode freely."""
     lm, (passage,) = tiny(), passages(4, seed=22)
     (first,) = start_vectors(lm, [passage.ids], 2, Recipe.of("paper"))
     vectors, right, losses = cram_one(lm, list(passage.ids), first, start=rule, lr=0.1, steps=400)
@@ -49,11 +49,11 @@ def test_the_reference_crams(rule):
     assert decoded == list(passage.ids)
 
 
-def test_the_reference_gives_up_after_its_patience_and_its_steps():
+def test_the_reference_stops_after_its_patience_and_its_steps():
     lm, (passage,) = tiny(), passages(30, seed=23)
     (first,) = start_vectors(lm, [passage.ids], 1, Recipe.of("paper"))
     _, right, losses = cram_one(lm, list(passage.ids), first, steps=7)
     assert len(losses) == 8
     assert right < 30
     _, _, losses = cram_one(lm, list(passage.ids), first, patience=2, lr=1e-9)
-    assert len(losses) in (2, 3)  # the first one counts where it gets none right
+    assert len(losses) in (2, 3)  # 2 if no token is right at first: then no accuracy is better

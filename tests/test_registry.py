@@ -1,4 +1,4 @@
-"""Registries: every name resolves, errors are one sentence, and other packages add to them."""
+"""The registry: every name resolves, errors are one sentence, and other packages add names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES = [
 
 @pytest.fixture
 def empty(monkeypatch):
-    """A registry that this test alone adds to."""
+    """The registry without names that plug-ins have added."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
 
 
@@ -68,27 +68,27 @@ def test_unknown_kinds_and_names_are_one_sentence():
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_name_stands_for_one_thing():
+def test_a_name_is_registered_for_one_object_only():
     def first(): ...
 
     def second(): ...
 
     assert registry.register("encoder", "mine")(first) is first
-    assert registry.register("encoder", "mine")(first) is first  # its module is imported again
+    assert registry.register("encoder", "mine")(first) is first  # as when a module is reloaded
     assert registry.get("encoder", "mine") is first
     assert registry.names("encoder")[-1] == "mine"
     for name in ("mine", "slots"):
         with pytest.raises(MemvecError, match=f"^the name '{name}' is taken by another encoder"):
             registry.register("encoder", name)(second)
     assert registry.get("encoder", "mine") is first
-    assert registry.register("export", "mine")(second) is second  # names are of one kind
+    assert registry.register("export", "mine")(second) is second  # another kind has its own names
 
 
 # ---------------------------------------------------------------------- sources, targets, encoders
 
 
 @pytest.mark.parametrize("kind", registry.BUILT_IN["source"])
-def test_a_source_is_made_by_its_own_kind(kind):
+def test_a_source_is_made_by_the_name_of_its_kind(kind):
     source = SOURCES[kind](name="x")
     assert issubclass(SOURCES[kind], Source)
     assert source.kind == source.settings()["kind"] == kind
@@ -102,7 +102,7 @@ def test_a_target_has_its_registered_name(name):
     assert target(name).description
 
 
-def test_mappings_follow_the_registry():
+def test_sources_and_targets_are_those_of_the_registry():
     assert list(SOURCES) == registry.names("source")
     assert names() == registry.names("export")
     assert len(SOURCES) == len(list(SOURCES))
@@ -121,14 +121,14 @@ def test_mappings_follow_the_registry():
         ({"suffix": ".x"}, "the export 'mine' has no description."),
     ],
 )
-def test_a_target_without_its_attributes_is_named(members, sentence):
+def test_a_target_without_its_attributes_is_refused(members, sentence):
     registry.register("export", "mine")(type("Mine", (Target,), members))
     with pytest.raises(MemvecError, match=f"^{re.escape(sentence)}$"):
         target("mine")
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_target_without_its_methods_or_its_base_is_named():
+def test_a_target_without_its_methods_or_its_base_is_refused():
     registry.register("export", "mine")(type("Mine", (Target,), {"description": "", "suffix": ""}))
     item = Item(torch.zeros(1, tiny().width), (), 1)
     for method in ("read", "write"):
@@ -140,8 +140,8 @@ def test_a_target_without_its_methods_or_its_base_is_named():
 
 
 @pytest.mark.slow
-def test_an_abstract_encoder_costs_no_model():
-    """So that the model can hold one without a circle."""
+def test_the_abstract_encoder_imports_no_model():
+    """The model has an encoder, so that import would be a circle."""
     code = "import memvec.companions.encoder, sys; print('memvec.model' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
@@ -228,7 +228,7 @@ USE = """
 
 
 def installed(folder: Path, source: str) -> Path:
-    """A distribution on disk, as pip leaves it: a module, its metadata and its entry point."""
+    """A distribution as pip installs it: a module, its metadata and its entry point."""
     (folder / "counting.py").write_text(textwrap.dedent(source))
     metadata = folder / "memvec_counting-1.0.dist-info"
     metadata.mkdir()
@@ -238,13 +238,13 @@ def installed(folder: Path, source: str) -> Path:
 
 
 def ran_beside(folder: Path, code: str, python: str) -> subprocess.CompletedProcess[str]:
-    """The end of a program in whose environment the distribution in a folder is installed."""
+    """Run a program in whose environment the distribution in a folder is installed."""
     code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path, python):
+def test_a_package_adds_a_source_and_a_target_for_the_command(tmp_path, python):
     ran = ran_beside(installed(tmp_path, PLUGIN), USE, python)
     assert ran.returncode == 0, ran.stderr
     seen = json.loads(ran.stdout)
@@ -259,13 +259,13 @@ def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path, p
     ]
     for word, (code, sentence) in (
         ("did you mean 'nowhere'", seen["misspelt"]),
-        ("none.mem", seen["known"]),  # the target is known: what is missing is the file
+        ("none.mem", seen["known"]),  # the target exists, and only the file is missing
     ):
         assert code == 2
         assert word in sentence
 
 
-def test_a_package_that_cannot_be_imported_is_named_in_one_sentence(tmp_path):
+def test_a_package_that_cannot_be_imported_is_one_sentence(tmp_path):
     use = """
         from memvec import registry
         from memvec.errors import MemvecError

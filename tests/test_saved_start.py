@@ -1,4 +1,4 @@
-"""Cramming that goes on from vectors in a file, and passages that stay whole."""
+"""The start `saved`, which is the vectors of a file, and cramming without halves."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def lm():
 
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("tokens", [4, 8])
-def test_passages_stay_whole_where_they_are_not_to_be_halved(lm, vectors, tokens):
-    """So a length is measured: each passage of the text is in the result, with its horizon."""
+def test_without_halving_every_passage_stays_whole(lm, vectors, tokens):
+    """Each passage of the text is in the result with its horizon, so one length is measured."""
     mem = memvec.cram(lm, TEXT, vectors=vectors, tokens=tokens, recipe=few(2), halve=False)
     ids = lm.tokenize(TEXT)
     assert [p.tokens for p in mem.passages] == [
@@ -48,7 +48,7 @@ def test_passages_stay_whole_where_they_are_not_to_be_halved(lm, vectors, tokens
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start_rule", ["vectors", "bos"])
-def test_cramming_goes_on_from_vectors_in_a_file(lm, start_rule, storage, tmp_path):
+def test_cramming_continues_from_the_vectors_of_a_file(lm, start_rule, storage, tmp_path):
     options = {"tokens": 6, "storage": storage, "halve": False}
     begun = memvec.cram(lm, TEXT, recipe=few(4, start_rule=start_rule), **options)
     assert not begun.exact
@@ -79,7 +79,7 @@ def token_ids(lm, mem: MemVectors) -> list[list[int]]:
     return found
 
 
-def test_a_file_that_does_not_fit_is_refused(lm, tmp_path):
+def test_a_start_file_that_does_not_fit_is_refused(lm, tmp_path):
     file = memvec.cram(lm, TEXT, tokens=6, recipe=few(2), halve=False).save(tmp_path / "a.mem")
     shared = memvec.cram(lm, TEXT, tokens=2, recipe=few(2), layout="one-step", halve=False)
     one_step = shared.save(tmp_path / "b.mem")
@@ -102,7 +102,7 @@ def test_a_file_that_does_not_fit_is_refused(lm, tmp_path):
         cram(f"saved(file='{one_step}')")
 
 
-def test_the_file_of_a_start_is_known_by_its_content(lm, tmp_path):
+def test_the_setting_of_a_start_file_is_its_content(lm, tmp_path):
     file = memvec.cram(lm, TEXT, tokens=6, recipe=few(2), halve=False).save(tmp_path / "a.mem")
     recipe = few(2, start=f"saved(file='{file}')")
     before = settings_of(lm, recipe, vectors=1, storage="float32", layout="prefix")

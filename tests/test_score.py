@@ -1,4 +1,4 @@
-"""Answers after vectors and other contexts, against the model's own forward pass."""
+"""`memvec.score`: bits of answers after vectors and other contexts, by the model's own forward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def usable(request):
 
 
 def slow(lm, inputs: list[torch.Tensor], words: list[int], n: int) -> tuple[float, bool]:
-    """Bits of the last n words after inputs, one word at a time."""
+    """Bits of the last n tokens after inputs, and whether each is the arg-max, one at a time."""
     bits, greedy = 0.0, True
     for i in range(len(words) - n, len(words)):
         before = lm.embed(torch.tensor([words[:i]], dtype=torch.long))
@@ -42,7 +42,7 @@ def slow(lm, inputs: list[torch.Tensor], words: list[int], n: int) -> tuple[floa
 @pytest.mark.parametrize("passages", [None, [1], [1, 0]])
 @pytest.mark.parametrize("prompt", ["the dog", ""])
 @torch.no_grad()
-def test_answers_are_as_probable_as_the_models_own_forward_says(usable, passages, prompt):
+def test_answers_have_the_bits_of_the_models_own_forward(usable, passages, prompt):
     lm, mem = usable
     answers = [" ran", " sat on the", " cat"]
     numbers = [0, 1] if passages is None else passages
@@ -75,8 +75,8 @@ def test_answers_are_as_probable_as_the_models_own_forward_says(usable, passages
 
 
 @pytest.mark.slow
-def test_the_text_has_to_fit_the_context_with_prompt_and_answer(usable):
-    """It is longer than its vectors; BOS is in front of it."""
+def test_the_text_must_fit_the_context_with_prompt_and_answer(usable):
+    """The text is longer than its vectors, and BOS is in front of it."""
     lm, mem = usable
     small, words = copy(lm), len(lm.tokenize("the dog ran"))
     small.context = 1 + sum(record.tokens for record in mem.passages) + words

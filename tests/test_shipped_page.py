@@ -1,4 +1,4 @@
-"""The shipped report docs/pocket-full is of today's model, today's spec and today's columns."""
+"""The report in docs/pocket-full is of the current model, the current spec and current columns."""
 
 import csv
 import json
@@ -14,31 +14,31 @@ AGAIN = "run: make page"
 
 
 def shipped() -> dict:
-    """What the page was made of: its own data."""
+    """The data in the page."""
     page = (SHIPPED / "index.html").read_text("utf-8")
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     return json.loads(data[1])
 
 
-def test_the_page_was_made_by_todays_model():
+def test_the_page_is_of_the_current_model():
     made_by, lm = shipped()["reproduce"]["models"]["pocket"], memvec.load_lm("pocket")
     assert lm.encoder is not None
     assert made_by["weights"] == lm.fingerprint.weights, AGAIN
     assert made_by["width"] == lm.width
 
 
-def test_the_page_was_made_by_todays_spec():
+def test_the_page_is_of_the_current_spec():
     assert shipped()["reproduce"]["spec"] == (ROOT / "studies/pocket-full.toml").read_text("utf-8")
 
 
-def test_the_rows_of_the_page_have_todays_columns():
+def test_the_rows_of_the_page_have_the_current_columns():
     columns = [name for name, *_ in runpy.run_path(str(ROOT / "docs/study_page.py"))["columns"]()]
     with (SHIPPED / "rows.csv").open(newline="") as file:
         header = next(csv.reader(file))
     assert set(header) - {"extra"} == {c for c in columns if not c.startswith("extra: ")}, AGAIN
 
 
-def test_the_page_says_what_it_was_made_of():
-    """Without these figures the tests above would compare nothing."""
+def test_the_page_has_the_hash_of_its_model():
+    """Without the hashes, the first test would compare nothing."""
     assert re.fullmatch("[0-9a-f]{64}", shipped()["reproduce"]["models"]["pocket"]["weights"])
     assert memvec.load_lm("pocket").fingerprint.weights

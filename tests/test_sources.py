@@ -1,4 +1,4 @@
-"""Sources: the same passages whatever else is asked for, and the paper's rules."""
+"""Sources of passages: files, words, tokens, data sets of the Hub, and the rules of the paper."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_chunks_of_no_words_are_refused(book: Path, words: tuple[int, int]) -> N
     assert Files(name="f", path=str(book / "book.txt"), chunk_words=(5, 5)).missing(None) is None
 
 
-def test_a_passage_does_not_depend_on_what_else_is_asked_for(book: Path) -> None:
+def test_a_passage_does_not_depend_on_the_number_and_length_of_passages(book: Path) -> None:
     lm = reader()
     for source in every_source(book):
         many = list(source.passages(lm, 4, 12))
@@ -88,14 +88,14 @@ def test_the_suffix_rule_takes_the_second_half_of_the_sentences() -> None:
     assert split_by_rule(text, "start") == ("", text)
 
 
-def test_context_is_what_stood_before(book: Path) -> None:
+def test_the_context_of_a_passage_is_the_text_in_front_of_it(book: Path) -> None:
     lm = reader()
     (found,) = Files(path=str(book / "book.txt"), chunk_words=(30, 60)).passages(lm, 1, 8)
     together = lm.text([*found.before, *found.passage.ids])
     assert " ".join(together.split()) in " ".join((SENTENCES * 30).split())
 
 
-def test_chunks_have_their_words_and_their_sentences() -> None:
+def test_chunks_have_the_number_of_words_and_are_sentences_in_a_row() -> None:
     texts = [("a", SENTENCES * 30), ("b", SENTENCES * 40), ("short", "Too short.")]
     for number in range(6):
         drawn = chunk(texts, number, (100, 150))
@@ -112,7 +112,7 @@ def test_chunks_have_their_words_and_their_sentences() -> None:
 @pytest.mark.parametrize("rule", ["start", "suffix"])
 @pytest.mark.parametrize("words", [(40, 60), (100, 130)])
 def test_no_two_chunks_have_the_same_passage(rule, words, tmp_path: Path) -> None:
-    """In a text that is not much longer than a chunk, too; the first passages stay the same."""
+    """The text is not much longer than a chunk, so few exist; fewer passages are the first ones."""
     numbered = [f"Number {i} is a cat that sat on the mat near dog {i} ." for i in range(12)]
     (tmp_path / "book.txt").write_text(" ".join(numbered))
     lm, source = reader(), Files(path=str(tmp_path / "book.txt"), chunk_words=words, rule=rule)
@@ -125,7 +125,7 @@ def test_no_two_chunks_have_the_same_passage(rule, words, tmp_path: Path) -> Non
     assert [p.passage for p in few] == [p.passage for p in found]
 
 
-def test_rows_of_a_data_set_are_kept_by_their_values(tmp_path: Path) -> None:
+def test_rows_of_a_data_set_are_selected_by_their_values(tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "lang": "en" if i % 2 else "de"} for i in range(4)]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     found = read_hub_texts(str(tmp_path), where={"lang": "en"})
@@ -137,7 +137,7 @@ def test_rows_of_a_data_set_are_kept_by_their_values(tmp_path: Path) -> None:
     assert says == "source 'f': where is for tables, and standard input is a text."
 
 
-def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:
+def test_random_words_are_of_the_list_which_the_settings_name(book: Path) -> None:
     source = RandomWords(words="words.txt")
     (found,) = source.passages(reader(), 1, 20, book)
     text = reader().text(found.passage.ids)
@@ -150,8 +150,8 @@ def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:
     assert len(one.passage) == 1
 
 
-def test_a_passage_of_long_words_is_as_long_as_asked() -> None:
-    """The beginning of a text in which tokens were looked for has too few, and the text enough."""
+def test_a_passage_of_long_words_has_all_its_tokens() -> None:
+    """The part of the text that is tokenized first has too few tokens."""
     lm = cast(
         "FrozenLM", types.SimpleNamespace(tokenize=lambda text: [len(w) for w in text.split()])
     )
@@ -159,7 +159,7 @@ def test_a_passage_of_long_words_is_as_long_as_asked() -> None:
     assert _leading_ids(lm, text, 20)[:20] == [40] * 20
 
 
-def test_random_tokens_are_ordinary_ones() -> None:
+def test_random_tokens_are_no_special_tokens() -> None:
     lm = reader()
     tokens = ordinary_tokens(lm)
     assert not set(tokens) & set(lm.tokenizer.all_special_ids)
@@ -167,7 +167,7 @@ def test_random_tokens_are_ordinary_ones() -> None:
 
 
 def test_special_tokens_without_a_role_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Llama's reserved ones and Qwen's marks of a chat; an ordinary added token is text."""
+    """Examples are Llama's reserved tokens and Qwen's chat tokens; other added tokens are text."""
     lm = copy(reader())
     monkeypatch.setattr(lm, "tokenizer", deepcopy(lm.tokenizer))
     added = {5: AddedToken("<|reserved|>", special=True), 6: AddedToken("word", special=False)}
@@ -201,8 +201,8 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_rows_are_kept_by_the_values_of_the_file(tmp_path: Path, kind: str) -> None:
-    """A missing value beside it makes no 1.0 of a 1; a text that looks like a value is a text."""
+def test_rows_are_selected_by_the_values_of_the_file(tmp_path: Path, kind: str) -> None:
+    """A missing value in a column does not make 1.0 of 1, and the text 'NA' is a text."""
     import pandas as pd
 
     rows = [{"text": "One.", "label": 1}, {"text": "Two."}, {"text": "NA", "label": 2}]
@@ -225,7 +225,7 @@ def test_rows_are_kept_by_the_values_of_the_file(tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path: Path, name: str) -> None:
     text = {"x.txt": "One.", "x.jsonl": '{"text": "One."}', "x.csv": "text\nOne.\n"}[name]
     (tmp_path / name).write_text(text, "utf-8-sig")
     assert [text for _, text in read_texts(name, tmp_path)] == ["One."]
@@ -238,7 +238,7 @@ def test_word_files_are_utf_8(tmp_path: Path) -> None:
     assert "is not UTF-8 text (byte 3)" in str(RandomWords(words="latin.txt").missing(tmp_path))
 
 
-def test_what_cannot_be_had_is_told(book: Path) -> None:
+def test_passages_that_a_source_cannot_give_are_an_error(book: Path) -> None:
     lm = reader()
     with pytest.raises(MemvecError, match="3 passages were asked of a source with 1 texts"):
         list(Files(path=str(book / "book.txt")).passages(lm, 3, 4))
@@ -253,7 +253,7 @@ def test_what_cannot_be_had_is_told(book: Path) -> None:
 
 @pytest.fixture
 def chunk_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder laid out as the paper's chunk sets: split 'train', pandas' row number, 'text'."""
+    """A data set like the paper's chunk sets: split 'train', pandas' row number, 'text'."""
     import datasets
     import pandas as pd
 
@@ -262,7 +262,7 @@ def chunk_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     table = pd.DataFrame({"Unnamed: 0": range(6), "text": [*texts, None]})
     (tmp_path / "set" / "data").mkdir(parents=True)
     table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
-    table.to_csv(tmp_path / "chunks.csv", index=False)  # what `download_texts.sh` leaves
+    table.to_csv(tmp_path / "chunks.csv", index=False)  # as `download_texts.sh` writes it
     return tmp_path
 
 
@@ -274,12 +274,12 @@ def test_the_papers_chunk_sets_are_read_by_their_own_columns(chunk_set: Path, ki
     for source in (from_set, from_csv):
         found = list(source.passages(lm, 5, 12))
         for i, one in enumerate(found):
-            # The paper's rule again: second half of the sentences, joined, first T tokens.
+            # The paper's rule by hand: second half of the sentences, joined, first T tokens.
             parts = sentences(f"{SENTENCES}This is chunk {i}. {SENTENCES}")
             expected = lm.tokenize(" ".join(parts[len(parts) // 2 :]))[:12]
             assert list(one.passage.ids) == expected
         with pytest.raises(MemvecError, match="6 passages were asked of a source with 5 texts"):
-            list(source.passages(lm, 6, 12))  # the row without a text is none
+            list(source.passages(lm, 6, 12))  # the row without a text does not count
     assert SOURCES[kind](name="x").dataset.startswith("yurakuratov/")
     with pytest.raises(MemvecError, match="has no column 'body'; it has Unnamed: 0, text"):
         read_hub_texts(str(chunk_set / "set"), column="body")
@@ -311,7 +311,7 @@ def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("owner/set", "main"), "validation"]
 
 
-def test_standard_input_is_the_same_text_each_time_it_is_asked_for(
+def test_standard_input_can_be_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for text in (SENTENCES, "Another text."):
@@ -328,14 +328,14 @@ def test_standard_input_is_the_same_text_each_time_it_is_asked_for(
         read_texts("-")
 
 
-def test_lines_of_json_end_where_json_says(tmp_path: Path) -> None:
+def test_lines_of_json_end_at_newlines_only(tmp_path: Path) -> None:
     texts = ["One\u2028two.", "Three\x85four\u2029five.", "Six."]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "x.jsonl").write_text("\r\n".join([*lines, ""]), "utf-8", newline="")
     assert [text for _, text in read_texts("x.jsonl", tmp_path)] == texts
 
 
-def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
+def test_files_that_are_not_of_their_format_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "A."}\n{"text": ')
     with pytest.raises(MemvecError, match=r"bad.jsonl line 2 is not JSON"):
         read_texts("bad.jsonl", tmp_path)
@@ -365,10 +365,10 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
         read_texts("empty.csv", tmp_path)
 
 
-def test_nltk_and_its_data_are_install_steps_that_are_named(
+def test_errors_name_how_to_install_nltk_and_its_data(
     book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is loaded, and when passages are asked for."""
+    """They come from the check before a model is loaded, and from the source itself."""
 
     def without_data(text: str) -> list[str]:
         raise LookupError("Resource punkt_tab not found.")
@@ -390,10 +390,10 @@ def test_nltk_and_its_data_are_install_steps_that_are_named(
     assert Files(path=str(book / "book.txt")).missing(None) is None
 
 
-def test_a_bos_is_the_first_token_where_the_tokenizer_adds_one(
+def test_with_bos_the_first_token_is_the_bos_that_the_tokenizer_adds(
     book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crammed and counted like the others; settings without it are those of earlier stores."""
+    """BOS counts as a token of the passage. Settings without it are those of earlier stores."""
     text = HEAD + '[[runs]]\nprotocol = "exact"\nsources = ["book"]\nlengths = [5]\n'
     plain, headed = (
         expand(parse_spec(text.replace('kind = "files"\n', f'kind = "files"\n{more}'), "spec"))[0]
@@ -426,7 +426,7 @@ def sourced(ids: tuple[int, ...], number: int = 0) -> SourcedPassage:
         ([sourced((3, -1))], "gives passage 0 the token -1: tokens of tiny-bytes are integers"),
     ],
 )
-def test_a_source_that_gives_something_else_is_named(given, sentence) -> None:
+def test_a_source_that_gives_wrong_passages_is_refused(given, sentence) -> None:
     class Other(Source):
         def passages(self, lm, count, length, base=None):
             yield from given or ()
@@ -438,7 +438,7 @@ def test_a_source_that_gives_something_else_is_named(given, sentence) -> None:
         find_passages(reader(), cell, Other(kind="other"), 2, None)
 
 
-def test_of_a_source_that_does_not_end_as_many_passages_are_taken_as_asked_for() -> None:
+def test_an_endless_source_gives_the_requested_number_of_passages() -> None:
     class Endless(Source):
         def passages(self, lm, count, length, base=None):
             yield from (sourced((3, 4 + i), i) for i in itertools.count())

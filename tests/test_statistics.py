@@ -1,4 +1,4 @@
-"""Means, intervals and spreads against other computations of them."""
+"""Means, intervals and spreads against scipy and other computations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_interval_of_a_share_is_that_of_scipy_and_ends_at_0_and_1():
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 19, 20, 35])
 def test_the_spread_is_the_same_from_both_ends(n):
-    """The 10th percentile of values is the 90th of their negatives; below ten, the extremes."""
+    """The 10th percentile is the 90th of the negated values; below ten, both are extremes."""
     values = torch.randperm(n, generator=torch.Generator().manual_seed(n)).double().tolist()
     median, low, high = median_and_spread(values)
     assert median_and_spread([-v for v in values]) == (-median, -high, -low)
@@ -61,8 +61,8 @@ def test_a_bootstrap_interval_is_that_of_scipy(n, spread):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
-def test_a_ratio_of_means_that_are_both_0_is_that_of_equals(scale):
-    """Where a resample draws nothing but zeros on both sides, the interval is not pulled to 0."""
+def test_a_resample_with_two_means_of_0_counts_as_a_ratio_of_1(scale):
+    """Such resamples do not move the interval to 0."""
     zeros = [0.0, 0.0, 0.0]
     assert ratio_of_means([*zeros, 2.0], [*zeros, 2.0]) == (1.0, 1.0, 1.0)
     value, low, high = ratio_of_means([*zeros, 2.0 * scale], [*zeros, 2.0])
@@ -71,7 +71,7 @@ def test_a_ratio_of_means_that_are_both_0_is_that_of_equals(scale):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_ratio_over_a_mean_that_may_be_0_has_an_infinite_end(sign):
-    """Of three values, one draw in 27 takes three times the first: more than a share of 2.5 %."""
+    """One resample of three values in 27 takes the first three times, which is more than 2.5 %."""
     first, second = [sign, sign, sign], [0.0, 1.0, 1.0]
     value, *ends = ratio_of_means(first, second)
     assert value == pytest.approx(sign * 1.5)
@@ -79,7 +79,7 @@ def test_a_ratio_over_a_mean_that_may_be_0_has_an_infinite_end(sign):
     assert ends == ([1.0, np.inf] if sign > 0 else [-np.inf, -1.0])
 
 
-def test_one_value_of_either_side_gives_no_interval():
+def test_one_value_on_either_side_gives_no_interval():
     several = [1.0, 2.0, 3.0]
     for first, second in (([4.0], several), (several, [4.0])):
         value, *ends = ratio_of_separate_means(first, second)
@@ -87,9 +87,9 @@ def test_one_value_of_either_side_gives_no_interval():
         assert np.isnan(ends).all()
 
 
-def test_means_of_different_passages_are_drawn_apart():
-    """Of the same values on both sides, a paired ratio is 1 in every draw; a separate one varies
-    as much as two means do."""
+def test_means_of_different_passages_are_resampled_independently():
+    """With the same values on both sides, a paired ratio is 1 in every resample; a separate one
+    varies as much as two means do."""
     values = np.random.default_rng(1).gamma(4.0, 1.0, 30)
     both = (values.tolist(), values.tolist())
     assert ratio_of_means(*both) == pytest.approx((1.0, 1.0, 1.0))
@@ -99,7 +99,7 @@ def test_means_of_different_passages_are_drawn_apart():
 
 
 @pytest.mark.parametrize("copies", [1, 2, 5])
-def test_a_text_that_counts_several_times_is_one_passage_of_an_interval(copies):
+def test_a_text_with_several_rows_is_one_passage_of_an_interval(copies):
     values = [3.0, 7.0, 4.5, 9.0, 1.0]
     alone = mean_interval(values)
     clusters = [i for i in range(len(values)) for _ in range(copies)]
@@ -109,8 +109,8 @@ def test_a_text_that_counts_several_times_is_one_passage_of_an_interval(copies):
     assert (copies == 1) == (found.high - found.low == pytest.approx(pooled.high - pooled.low))
 
 
-def test_an_interval_over_clusters_of_unequal_size_covers():
-    """95 % of intervals hold the mean of texts with one to six rows each (1000 draws)."""
+def test_an_interval_over_clusters_of_unequal_size_covers_the_mean():
+    """About 95 % of 1000 intervals do, for 12 texts with one to six rows each."""
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(1000):
@@ -122,7 +122,7 @@ def test_an_interval_over_clusters_of_unequal_size_covers():
     assert 920 <= held <= 975
 
 
-def test_one_text_has_no_interval():
+def test_a_mean_over_one_text_has_no_interval():
     found = clustered_mean([1.0, 2.0], ["a", "a"])
     assert (found.mean, found.n) == (1.5, 1)
     assert math.isnan(found.low)

@@ -1,4 +1,4 @@
-"""The house: no import circles, packages that know only what is above them, short files."""
+"""The structure of src: no import circles, imports from packages above only, and short files."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ BESIDE = (
     "cli",
 )
 BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins", "part_checks")
-# What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
-# graphs, workers, the Hub, the operating system, releases of libraries, other packages, the journal
-# and what it keeps.
+# What the core may import from BESIDE: the inputs around vectors, the encoder or trigger of a
+# model's folder, graphs, workers, the Hub, the operating system, releases of libraries, plug-ins,
+# the journal and what a run resumes from.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -59,7 +59,7 @@ ON_REQUEST = {
 
 
 def imports(name: str) -> set[str]:
-    """Modules of memvec that a module imports, also inside functions; types only do not count."""
+    """Modules of memvec that a module imports, also inside functions, but not for types only."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     for_types = {
         id(inner)
@@ -96,8 +96,8 @@ def test_there_are_no_import_circles():
     assert [name for name in MODULES if name in reachable(name)] == []
 
 
-def test_packages_make_no_circle_either():
-    """Seen as wholes: what a file at the top or a folder imports is above it."""
+def test_packages_have_no_import_circles():
+    """A package is a folder or a file in src/memvec."""
     packages: dict[str, set[str]] = {}
     for name, others in GRAPH.items():
         if name not in ("memvec", "memvec.__main__"):
@@ -110,7 +110,7 @@ def test_packages_make_no_circle_either():
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("memvec.model")])
-def test_the_model_knows_nothing_above_it(name):
+def test_the_model_imports_only_itself_and_modules_above_it(name):
     allowed = ("memvec.model", *(f"memvec.{part}" for part in BELOW_THE_MODEL))
     assert [other for other in GRAPH[name] if not other.startswith(allowed)] == []
 
@@ -122,15 +122,15 @@ def test_nothing_imports_the_command_line(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_core_stands_without_the_lab_and_what_is_beside_it(name):
-    """What the core takes from beside it, it takes on request: see ON_REQUEST."""
+def test_the_core_imports_only_listed_modules_from_beside_it(name):
+    """ON_REQUEST lists these modules, and BESIDE what is beside the core."""
     if name.split(".")[1:2] not in [[part] for part in BESIDE] and name != "memvec.__main__":
         beside = {other for other in GRAPH[name] if other.split(".")[1] in BESIDE}
         assert beside - ON_REQUEST == set()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_nothing_but_the_command_line_imports_the_lab(name):
+def test_only_the_command_line_imports_the_lab(name):
     if not name.startswith(("memvec.lab", "memvec.cli")):
         assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
 
@@ -173,7 +173,7 @@ def lines_of_code(path: Path) -> int:
 
 
 def test_the_core_is_small():
-    """Everything but what stands beside the core (BESIDE), in lines of code."""
+    """The core is everything but BESIDE; its lines of code are counted."""
     core = [
         path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
     ]
@@ -181,7 +181,7 @@ def test_the_core_is_small():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_can_be_read(name):
+def test_files_and_functions_are_short(name):
     text = MODULES[name].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 350
     functions = [
@@ -193,6 +193,6 @@ def test_files_and_functions_can_be_read(name):
     assert long == {}
 
 
-def test_type_checkers_of_other_projects_read_our_hints():
-    """Without this file they take the whole package for untyped (PEP 561)."""
+def test_the_package_has_the_marker_of_type_hints():
+    """Without it, type checkers of other projects take the package for untyped (PEP 561)."""
     assert (ROOT / "py.typed").is_file()

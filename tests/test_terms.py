@@ -1,4 +1,4 @@
-"""A second loss beside the objective, and growth in steps that double."""
+"""A recipe's term, which is a second loss, with `alignment`; and the schedule `geometric`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def slots(recipe, asked, family="llama", K=2):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
     if family == "gpt2" and layers == 2:
-        pytest.skip("transformers gives the last layer's states after a norm, which turns them")
+        pytest.skip("transformers gives the last layer's states after a norm, which changes them")
     recipe = replace(ALIGNED, start_rule=rule, align_layers=layers)
     lm, engine = slots(recipe, passages(5, 3, seed=2), family)
     batch, step = engine.batch, engine.stepper
@@ -60,7 +60,7 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         torch.testing.assert_close(found[row], wanted[0], atol=1e-5, rtol=1e-3)
 
 
-def test_alignment_is_measured_over_the_columns_of_a_passage_alone():
+def test_the_alignment_of_a_passage_is_over_its_own_columns_only():
     (long, short), found = passages(100, 40, seed=2), []
     for asked in ([short], [short, long]):
         engine = Engine(tiny(), replace(ALIGNED, look_ahead=8), vectors=1, batch_size=2)
@@ -99,8 +99,8 @@ def test_aligned_passages_are_exact_and_nearer_to_the_text(family):
     assert reached[1.0] < reached[0.0]
 
 
-def test_of_vectors_that_are_all_right_those_with_the_smallest_mean_second_loss_are_best():
-    """Or those with more right tokens, whatever their loss: against a loop over slots and steps."""
+def test_the_best_vectors_are_right_with_the_smallest_mean_of_the_term():
+    """Vectors with more right tokens are better whatever the term; a loop computes it again."""
     _, engine = slots(ALIGNED, passages(5, 5, 5, seed=2))
     draw = torch.Generator().manual_seed(0)
     mean, best, by_loss = [math.nan] * 3, [math.inf] * 3, 0
@@ -117,8 +117,8 @@ def test_of_vectors_that_are_all_right_those_with_the_smallest_mean_second_loss_
     assert by_loss > 10
 
 
-def test_a_passage_that_was_right_once_is_done_when_it_has_settled():
-    """Although not all of its tokens are right in that step; and no step earlier."""
+def test_a_passage_that_was_right_once_is_done_after_settle_steps():
+    """It is done at step 5 and not at 4, although not all tokens are right in that step."""
     _, engine = slots(replace(ALIGNED, settle=5), passages(5, 5, 5, seed=2))
     batch = engine.batch
     batch.steps = torch.tensor([4, 5, 5])
@@ -131,8 +131,8 @@ def test_a_passage_that_was_right_once_is_done_when_it_has_settled():
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_second_loss_that_is_not_finite_fails_its_own_passage_only(number):
-    """At once, before a step moves its vectors."""
+def test_a_term_that_is_not_finite_fails_its_own_passage_only(number):
+    """The passage fails before the step moves its vectors."""
     _, engine = slots(ALIGNED, passages(5, 5, seed=2))
     term = engine.stepper.term
     measure = term.measure
@@ -155,13 +155,13 @@ def test_a_passage_of_one_token_has_nothing_to_align():
     assert outcome.exact
 
 
-def test_layers_that_a_model_does_not_have_are_a_sentence():
+def test_layers_that_a_model_does_not_have_are_refused():
     with pytest.raises(MemvecError, match="align_layers cannot be 99"):
         Engine(tiny(), replace(ALIGNED, align_layers=99))
 
 
-def test_the_page_s_term_runs():
-    """docs/howto/add-term.md: its code, beside the same recipe without it."""
+def test_the_term_of_the_documentation_makes_smaller_vectors():
+    """The term is the example of docs/howto/add-term.md, compared with weight 0."""
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-term.md"
     code = page.read_text("utf-8").split("```python\n")[1].split("```")[0]
     exec(compile(code, str(page), "exec"), {"__name__": "a_page_of_the_docs"})
@@ -180,7 +180,7 @@ GEOMETRIC = Recipe(schedule="geometric", look_ahead=1, narrow_after=2, stuck_aft
 
 
 def targets(reach, steps=200):
-    """Targets of a passage of which `reach` tokens can be held, which takes a step for each."""
+    """The targets, the best length and the failed length if vectors can hold `reach` tokens."""
     schedule = Geometric(GEOMETRIC, K=1)
     state = schedule.fresh(torch.ones(1), torch.zeros(1, dtype=torch.bool))
     length, seen = torch.tensor([1000]), []
@@ -195,18 +195,18 @@ def targets(reach, steps=200):
 
 
 @pytest.mark.parametrize("reach", [1, 2, 5, 16, 23, 64])
-def test_targets_double_and_then_close_in(reach):
+def test_targets_double_and_then_approach_the_longest_length(reach):
     seen, best, failed = targets(reach)
     assert best == reach
     assert failed in (NO_FAILURE, reach + 1) or failed > reach
     doubled = [2**i for i in range(reach.bit_length())]
     assert seen[: len(doubled)] == doubled[: len(seen)]
     beyond = [target for target in seen[len(doubled) :] if target > reach]
-    assert beyond  # nothing is given up for good
+    assert beyond  # longer targets are tried again
     assert max(seen) <= 2 * reach
 
 
-def test_a_longer_passage_takes_fewer_stages_than_tokens():
+def test_geometric_growth_takes_fewer_stages_than_tokens():
     seen, best, _ = targets(200, steps=60)
     assert best == 200
     assert len(seen) < 20
@@ -240,14 +240,14 @@ def test_targets_are_those_of_the_rule_written_out_for_one_passage(seed, wait):
 
 
 @pytest.mark.parametrize("K", [2, 3])
-def test_geometric_growth_is_exact(K):
+def test_passages_are_exact_with_geometric_growth(K):
     recipe = replace(QUICK, schedule="geometric", look_ahead=1)
     outcomes = list(Engine(tiny(), recipe, vectors=K, batch_size=3).run(passages(5, 2, 4, seed=4)))
     assert all(o.exact for o in outcomes)
 
 
-def test_a_passage_pays_for_its_own_tokens_only():
-    """Beside a longer one it costs what it costs alone."""
+def test_the_cost_of_a_passage_is_of_its_own_tokens_only():
+    """Beside a longer passage it costs the same as alone."""
     short, long = passages(3, 9, seed=7)
     recipe = replace(ALIGNED, schedule="whole", steps=4, stuck_after=0)
     spent = {}
@@ -256,11 +256,11 @@ def test_a_passage_pays_for_its_own_tokens_only():
         for outcome in engine.run(asked):
             if outcome.passage.ids == short.ids:
                 spent[len(asked)] = outcome.spent / max(1, outcome.steps)
-    assert spent[1] == spent[2] == 3 + 1  # tokens, and inputs before them
+    assert spent[1] == spent[2] == 3 + 1  # T + K - 1 inputs
 
 
-def test_how_a_text_is_aligned_does_not_depend_on_its_neighbours():
-    """One begins with BOS and one does not: each as in a batch of its own."""
+def test_the_alignment_of_a_text_does_not_depend_on_its_neighbours():
+    """One text begins with BOS and one does not; each is compared with a batch of its own."""
     lm, (with_bos, without) = tiny(), passages(5, 5, seed=2)
     with_bos = Passage((lm.bos_id, *with_bos.ids[1:]), 0)
     losses = []
@@ -274,8 +274,8 @@ def test_how_a_text_is_aligned_does_not_depend_on_its_neighbours():
     assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
 
 
-def test_a_text_with_its_own_bos_is_aligned_with_itself():
-    """Not with the states after another BOS, where the model never reads a text."""
+def test_a_text_with_its_own_bos_is_aligned_without_another():
+    """The model never reads a text after two BOS tokens."""
     lm, (passage,) = tiny(), passages(5, seed=2)
     passage = Passage((lm.bos_id, *passage.ids[1:]), 0)
     engine = Engine(lm, ALIGNED, vectors=1, batch_size=1)

@@ -1,4 +1,4 @@
-"""The types and shapes that all tests have checked: what is wrong is said, wherever it is."""
+"""tests/typechecks.py, which checks types and shapes in all tests, raises for every wrong one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Point:
 @typechecks.checked
 @dataclasses.dataclass
 class Numbers:
-    """Its `__init__` has the code of the other, but not its types."""
+    """Its `__init__` has the same code as that of `Point`, with other types."""
 
     x: int
     y: int
@@ -48,7 +48,7 @@ class Numbers:
 X = torch.zeros(2, 3)
 
 
-def test_letters_mean_one_number_in_a_call_and_another_in_the_next():
+def test_a_letter_is_one_number_in_a_call_and_may_be_another_in_the_next():
     assert stacked(X, X).shape == (2, 2, 3)
     assert stacked(X.T, X.T).shape == (2, 3, 2)
     for wrong in ((X, X.T), (X, X[0]), (X, X.int()), (X, None), (X, X, "2")):
@@ -64,7 +64,7 @@ def test_a_result_is_checked_with_the_arguments():
         transposed(X)
 
 
-def test_a_function_in_another_keeps_its_checks_and_has_its_own_surroundings():
+def test_an_inner_function_is_checked_and_keeps_its_closure():
     def made(factor):
         @typechecks.checked
         def inner(x: Int[Tensor, " T"], *more: int, **named: str) -> Int[Tensor, " T"]:
@@ -82,7 +82,7 @@ def test_a_function_in_another_keeps_its_checks_and_has_its_own_surroundings():
             made(factor)(ids[0])
 
 
-def test_of_many_calls_the_first_are_checked_and_then_some(monkeypatch):
+def test_the_first_calls_are_checked_and_then_every_fourth(monkeypatch):
     monkeypatch.setattr(typechecks, "FIRST", 3)
     monkeypatch.setattr(typechecks, "EVERY", 4)
     noticed = []
@@ -95,13 +95,13 @@ def test_of_many_calls_the_first_are_checked_and_then_some(monkeypatch):
     assert noticed == [True] * 4 + [False] * 3 + [True] + [False] * 3 + [True]
 
 
-def test_each_test_begins_with_checks():
-    """Whatever the tests before it called, as the one above did."""
+def test_the_count_of_calls_starts_again_in_each_test():
+    """The previous test called the same function 12 times."""
     with pytest.raises(Wrong):
         transposed(X)
 
 
-def test_a_dataclass_is_checked_when_it_is_made():
+def test_the_fields_of_a_dataclass_are_checked():
     assert Point(X[0], X[1], "a").name == "a"
     for wrong in ((X[0], X[:, 0]), (X, X), (X[0], X[1], 1)):
         with pytest.raises(Wrong):
@@ -116,7 +116,7 @@ def test_checks_can_be_switched_off(untyped):
     assert Point(X, 1).y == 1
 
 
-def test_memvecs_own_functions_have_them():
+def test_functions_and_classes_of_memvec_are_checked():
     logits, ids = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
     assert metrics.margins(logits, ids).shape == (2, 3)
     for wrong in ((logits, ids[:, :2]), (logits[0], ids), (logits, ids.float())):
@@ -126,8 +126,8 @@ def test_memvecs_own_functions_have_them():
         Recipe(steps="many")
 
 
-def test_no_function_of_memvec_is_without_checks():
-    """Of all modules that this process has imported."""
+def test_every_function_of_memvec_has_checks():
+    """These are the functions of all modules that this process has imported."""
     modules = [module for name, module in sys.modules.items() if name.startswith("memvec.")]
     functions = {
         (module.__name__, name): function

@@ -1,4 +1,4 @@
-"""Files that come from anybody: what they claim is refused in a sentence, and never obeyed."""
+"""Files from untrusted sources: wrong contents are refused in one sentence, and never executed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mem() -> MemVectors:
 
 
 def forged(mem: MemVectors, path: Path, **passage: object) -> Path:
-    """A file whose first passage claims other figures, under a right digest."""
+    """A file with a correct digest whose first passage has other figures."""
     record = mem.passages[0].model_copy(update=passage)
     header = mem.header.model_copy(update={"passages": [record, *mem.passages[1:]]})
     return MemVectors(mem.vectors, header, mem.soft).save(path)
@@ -51,8 +51,8 @@ def forged(mem: MemVectors, path: Path, **passage: object) -> Path:
 # ---------------------------------------------------------------------- vectors
 
 
-def test_vectors_stay_what_was_checked_when_their_file_is_overwritten(mem, tmp_path):
-    """`cp` writes into a file that others have read: mapped numbers would change, or be gone."""
+def test_loaded_vectors_do_not_change_with_their_file(mem, tmp_path):
+    """`cp` writes into the existing file, so memory-mapped numbers would change or be gone."""
     file = mem.save(tmp_path / "a.mem")
     loaded, data = MemVectors.load(file), bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -65,12 +65,12 @@ def test_vectors_stay_what_was_checked_when_their_file_is_overwritten(mem, tmp_p
 @pytest.mark.parametrize(
     "claim", [{"predicted": 10**400}, {"token_gain": -(10**400)}, {"horizon": 3}, {"predicted": 1}]
 )
-def test_a_passage_cannot_have_more_figures_than_tokens(mem, tmp_path, claim):
+def test_a_horizon_or_gain_longer_than_its_passage_is_refused(mem, tmp_path, claim):
     with pytest.raises(MemvecError, match="its horizon or gain is longer than the passage"):
         MemVectors.load(forged(mem, tmp_path / "a.mem", **claim))
 
 
-def test_a_sentence_is_one_line_that_no_terminal_obeys(mem):
+def test_an_error_with_a_name_from_a_file_is_one_printable_line(mem):
     model = {**mem.header.model, "name": CLAIM, "weights": "0" * 64}
     other = MemVectors(mem.vectors, mem.header.model_copy(update={"model": model}))
     with pytest.raises(MemvecError, match="other weights") as caught:
@@ -79,7 +79,7 @@ def test_a_sentence_is_one_line_that_no_terminal_obeys(mem):
     assert r"\n\x1b[2J" in str(caught.value)
 
 
-def test_a_card_does_not_obey_what_a_file_claims(mem):
+def test_a_card_escapes_names_from_a_file(mem):
     model = {**mem.header.model, "name": CLAIM, "dtype": CLAIM, "revision": CLAIM}
     update = {"model": model, "certificate": {"device": CLAIM, "exact": True}}
     card = hub.card(MemVectors(mem.vectors, mem.header.model_copy(update=update)))
@@ -91,12 +91,10 @@ def test_a_card_does_not_obey_what_a_file_claims(mem):
     assert all(line.count("|") == 3 for line in card.splitlines() if line.startswith("|"))
 
 
-# ---------------------------------------------------------------------- models, and what is beside
+# ---------------------------------------------------------------------- models and their files
 
 
-def test_code_in_a_models_folder_is_not_run_whatever_standard_input_says(
-    folder, tmp_path, monkeypatch
-):
+def test_code_in_a_models_folder_is_not_run(folder, tmp_path, monkeypatch):
     model, ran = shutil.copytree(folder, tmp_path / "model"), tmp_path / "ran"
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
@@ -127,24 +125,24 @@ def test_json_that_is_nested_too_deep_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("config", [DEEP, "[]1", "[1]", '{"text_config": "x"}'])
-def test_a_config_that_is_none_is_refused(tmp_path, config):
+def test_a_config_that_is_no_object_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(MemvecError, match="is no folder of a model"):
         config_of(tmp_path)
 
 
-# ---------------------------------------------------------------------- what a run goes on from
+# ---------------------------------------------------------------------- what a run resumes from
 
 
 class Never(torch.nn.Linear):
-    """A network that a checkpoint could be loaded into."""
+    """A network for checkpoints, none of which is loaded."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
 
 
 @pytest.mark.parametrize("state", [b"", b"no zip", {}, {"identity": {}}, {"identity": 3}])
-def test_a_checkpoint_that_holds_something_else_is_damaged(tmp_path, state):
+def test_a_checkpoint_with_other_contents_is_refused_as_damaged(tmp_path, state):
     if isinstance(state, dict):
         torch.save(state, buffer := io.BytesIO())
         state = buffer.getvalue()
@@ -156,7 +154,7 @@ def test_a_checkpoint_that_holds_something_else_is_damaged(tmp_path, state):
 
 
 @pytest.mark.parametrize("record", ["", "[]", "{}", '{"shape": [9, 9], "dtype": "nn"}'])
-def test_a_row_of_a_journal_that_says_something_else_is_damaged(tmp_path, record):
+def test_a_row_of_a_journal_with_other_contents_is_refused_as_damaged(tmp_path, record):
     journal, passage = Journal(tmp_path / "j", {}), passages(3)[0]
     codec.cram(reader(), ["the"], recipe=QUICK, journal=journal)
     digest = hashlib.sha256(record.encode() + b"1234").hexdigest()
@@ -175,7 +173,7 @@ SPEC = 'name = "a"\n{}\n[[models]]\nname = "pocket"\n[[sources]]\nkind = "random
 
 
 @pytest.mark.parametrize("more", ["x = " + "9" * 5000, "x = " + DEEP])
-def test_a_spec_that_python_cannot_read_is_no_toml(more):
+def test_a_spec_that_pythons_parser_cannot_read_is_refused(more):
     with pytest.raises(MemvecError, match="is not TOML"):
         parse_spec(SPEC.format(more), "s.toml")
 
@@ -199,7 +197,7 @@ def opened(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def study(every_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study, to falsify."""
+    """A finished study of every protocol."""
     folder = shutil.copytree(every_protocol, tmp_path_factory.mktemp("study") / "out")
     opened(folder / "out")
     return folder / "out"
@@ -216,7 +214,7 @@ def falsified(study: Path, copy: Path, sql: str, value: object) -> Path:
 @pytest.mark.parametrize(
     ("table", "column"), [(t, c) for t, names in COLUMNS.items() for c in names]
 )
-def test_a_value_of_another_kind_is_refused(study, tmp_path, table, column):
+def test_a_value_of_another_type_is_refused(study, tmp_path, table, column):
     text = table == "rows" and column != "extra"  # into columns of numbers
     kind = "x" if text or column in ("ids", "text") else b"\0\xff"
     copy = falsified(study, tmp_path / "copy", f"UPDATE {table} SET {column} = ?", kind)
@@ -243,14 +241,14 @@ def test_a_value_of_another_kind_is_refused(study, tmp_path, table, column):
     ],
     ids=lambda value: repr(value)[:12],
 )
-def test_a_value_that_nothing_can_compute_with_is_refused(study, tmp_path, table, column, value):
+def test_a_value_out_of_range_or_of_another_form_is_refused(study, tmp_path, table, column, value):
     copy = falsified(study, tmp_path / "copy", f"UPDATE {table} SET {column} = ?", value)
     with pytest.raises(MemvecError, match=r"damaged|does not hold|cannot be read"):
         opened(copy)
 
 
-def test_a_link_among_the_vectors_is_not_written_through(tmp_path):
-    """A run cuts off what no row names: behind a link that would be a file of the user."""
+def test_a_symbolic_link_among_the_vectors_is_not_written_through(tmp_path):
+    """A run truncates a file of vectors to its rows; through a link it would truncate another."""
     (other := tmp_path / "other").write_text("kept")
     with Store(tmp_path / "study", write=True) as store:
         (store.vectors / "cell.bin").symlink_to(other)
@@ -260,7 +258,7 @@ def test_a_link_among_the_vectors_is_not_written_through(tmp_path):
 
 
 @pytest.mark.parametrize("record", ["", DEEP, "3", "[3]", '["tables/../../kept"]', "{"])
-def test_a_record_of_files_that_says_something_else_deletes_nothing(tmp_path, record):
+def test_a_wrong_record_of_files_deletes_nothing(tmp_path, record):
     out = tmp_path / "report"
     (out / "tables").mkdir(parents=True)
     (kept := tmp_path / "kept.csv").write_text("kept")
@@ -269,7 +267,7 @@ def test_a_record_of_files_that_says_something_else_deletes_nothing(tmp_path, re
     assert kept.read_text() == "kept"
 
 
-def test_a_table_in_markdown_has_no_tags_and_no_more_cells():
+def test_a_table_in_markdown_escapes_tags_and_cell_borders():
     table = Table.of("a", "A", "A note.", [[("x", "<script>|</b>\r\n\x1b[2J"), ("y", "p < 0.1")]])
     row = table.markdown().splitlines()[4]
     assert r"\<script>\|\</b>\r\n\x1b[2J" in row
@@ -282,7 +280,7 @@ def test_a_table_in_markdown_has_no_tags_and_no_more_cells():
 
 @pytest.mark.parametrize("broken", [{1}, {2}, {2, 3}, {1, 2, 3}])
 def test_an_export_is_never_lost_whichever_rename_fails(tmp_path, monkeypatch, broken):
-    """The earlier export is in its place, or, if even that fails, in a folder beside it."""
+    """The earlier export is in its place, or in a folder beside it if moving it back fails too."""
     output = tmp_path / "out"
 
     def fill(aside: Path) -> dict[str, object]:
@@ -309,9 +307,7 @@ def test_an_export_is_never_lost_whichever_rename_fails(tmp_path, monkeypatch, b
     assert sum(path.is_dir() for path in tmp_path.iterdir()) == 1
 
 
-def test_a_folder_that_is_read_only_by_the_time_of_the_rename_is_a_sentence(
-    mem, tmp_path, monkeypatch
-):
+def test_a_folder_that_becomes_read_only_while_saving_is_one_sentence(mem, tmp_path, monkeypatch):
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 

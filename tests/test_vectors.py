@@ -1,4 +1,4 @@
-"""The file: everything comes back, nothing leaks, no damaged byte goes unnoticed."""
+"""The file of vectors: everything is read again, no text is in it, and any damage is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def good(mem, tmp_path_factory) -> bytes:
 
 
 def forged(mem: MemVectors, path: Path, vectors: torch.Tensor | None = None, **changes) -> Path:
-    """A file by someone who knows the format, digest and all, and means ill."""
+    """A file with changed vectors or header fields and a correct digest."""
     header = json.loads(mem.header.model_dump_json())
     for where, value in changes.items():
         at, *keys = where.split("__")
@@ -59,7 +59,7 @@ def forged(mem: MemVectors, path: Path, vectors: torch.Tensor | None = None, **c
 # ---------------------------------------------------------------------- round trip
 
 
-def test_everything_comes_back(mem, tmp_path):
+def test_a_loaded_file_equals_the_saved_vectors(mem, tmp_path):
     assert mem.exact
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert torch.equal(again.vectors, mem.vectors)
@@ -70,8 +70,8 @@ def test_everything_comes_back(mem, tmp_path):
     assert repr(again) == f"<MemVectors of shape (P, K, D) = {tuple(mem.vectors.shape)}>"
 
 
-def test_figures_that_are_not_finite_come_back(mem, tmp_path):
-    """Those of a passage whose loss was not finite."""
+def test_figures_that_are_not_finite_are_read_again(mem, tmp_path):
+    """A passage whose loss was not finite has such figures; the header stays valid JSON."""
     sick = mem.passages[0].model_copy(update={"margin": math.nan, "mem_bits": math.inf})
     header = mem.header.model_copy(update={"passages": [sick, *mem.passages[1:]]})
     file = MemVectors(mem.vectors, header).save(tmp_path / "a.mem")
@@ -83,8 +83,8 @@ def test_figures_that_are_not_finite_come_back(mem, tmp_path):
         json.loads(opened.metadata()["memvec"], parse_constant=pytest.fail)
 
 
-def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
-    """The same bytes, said to be of another type and shape."""
+def test_the_digest_covers_the_dtype_and_the_shape(mem, tmp_path):
+    """The file has the same bytes with another dtype and shape."""
     file = tmp_path / "a.mem"
     other = mem.vectors.view(torch.bfloat16)
     metadata = {"memvec": mem.header.model_dump_json()}
@@ -95,7 +95,7 @@ def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
 
 
 def test_the_digest_covers_the_header_and_names_shapes_types_and_bytes():
-    """Soft tokens in front of vectors are others than the same ones after them."""
+    """The name counts: soft tokens in front of vectors are not the same ones after them."""
     rows = torch.ones(2, 3)
     tensors = [
         {"trigger": rows},
@@ -111,7 +111,7 @@ def test_the_digest_covers_the_header_and_names_shapes_types_and_bytes():
     assert digest_of("", turned) == digest_of("", dict(reversed(turned.items())))
 
 
-def test_the_digest_covers_a_type_of_the_same_size(mem, tmp_path):
+def test_the_digest_covers_a_dtype_of_the_same_size(mem, tmp_path):
     file, stored = tmp_path / "a.mem", mem.vectors.bfloat16()
     metadata = {"memvec": mem.header.model_dump_json()}
     metadata["sha256"] = digest_of(metadata["memvec"], {"vectors": stored})
@@ -121,7 +121,7 @@ def test_the_digest_covers_a_type_of_the_same_size(mem, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_a_file_may_be_read_by_whom_the_umask_says(mem, tmp_path, umask):
+def test_the_permissions_of_a_file_follow_the_umask(mem, tmp_path, umask):
     before = os.umask(umask)
     try:
         file = mem.save(tmp_path / "a.mem")
@@ -131,20 +131,20 @@ def test_a_file_may_be_read_by_whom_the_umask_says(mem, tmp_path, umask):
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_the_text_is_not_in_the_file_unless_asked_for(tmp_path):
+def test_the_text_is_not_in_the_file_without_keep_text(tmp_path):
     lm, text = reader(), "the lazy dog sat"
     options = {"vectors": 2, "tokens": 2, "recipe": QUICK}
     without = codec.cram(lm, [text], **options).save(tmp_path / "a").read_bytes()
     within = codec.cram(lm, [text], keep_text=True, **options).save(tmp_path / "b").read_bytes()
     assert text.encode() in within
     for word in text.encode().split():
-        assert word not in without or word == b"the"  # 'other' is a word of the header too
+        assert word not in without or word == b"the"  # 'other' of the header contains it
     ids = lm.tokenize(text)
     assert json.dumps(ids)[1:-1].encode() not in without
     assert MemVectors.load(tmp_path / "b").header.documents[0].text == text
 
 
-def test_the_summary_adds_up(mem):
+def test_the_summary_has_the_sums_and_ratios_of_the_passages(mem):
     s, P = mem.summary(), len(mem.passages)
     K, D = mem.vectors.shape[1:]
     gain = sum(p.lm_bits - p.mem_bits for p in mem.passages)
@@ -161,8 +161,8 @@ def test_the_summary_adds_up(mem):
     assert s["vector_bytes"] == P * K * D * 4 == mem.size
 
 
-def test_the_summary_of_passages_that_differ(mem):
-    """Sums, the smallest margin, and hits over the tokens that had to come from the vectors."""
+def test_the_summary_combines_passages_that_differ(mem):
+    """It has sums, the smallest margin, and hits divided by the predicted tokens."""
     first, *others = mem.passages
     odd = {"exact": False, "margin": -3.0, "tokens": 9, "predicted": 8, "accuracy": 0.25}
     passages = [first.model_copy(update=odd | {"seconds": 2.0, "steps": 7, "spent": 70})]
@@ -174,7 +174,7 @@ def test_the_summary_of_passages_that_differ(mem):
     assert s["accuracy"] == pytest.approx((2 + tokens) / (8 + tokens))
 
 
-def test_edits_cost_their_text_and_eight_bytes_each(mem):
+def test_edits_count_their_text_and_eight_bytes_each(mem):
     edits = [(0, 1, "é"), (4, 4, "👍 cat")]
     first, *others = mem.header.documents
     documents = [first.model_copy(update={"edits": edits}), *others]
@@ -205,7 +205,7 @@ def test_the_short_name_finds_the_file(mem, tmp_path):
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.open"])
 @pytest.mark.parametrize("before", [None, b"an older file"])
-def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypatch, call, before):
+def test_a_write_that_fails_leaves_the_old_file_or_none(mem, tmp_path, monkeypatch, call, before):
     target = tmp_path / "a.mem"
     if before is not None:
         target.write_bytes(before)
@@ -221,8 +221,8 @@ def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypat
     assert before is None or target.read_bytes() == before
 
 
-def test_vectors_that_were_cut_after_they_were_made_are_not_written(mem, tmp_path):
-    """No memvec could read such a file."""
+def test_vectors_with_fewer_rows_than_passages_are_not_written(mem, tmp_path):
+    """Such a file could not be read again."""
     cut = MemVectors(mem.vectors, mem.header)
     cut.vectors = cut.vectors[:-1]
     for reason in ("changed after they were certified", "is not written"):
@@ -232,7 +232,7 @@ def test_vectors_that_were_cut_after_they_were_made_are_not_written(mem, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_not_overwritten_unasked(mem, tmp_path):
+def test_an_existing_file_is_not_overwritten_without_force(mem, tmp_path):
     target = tmp_path / "a.mem"
     target.write_bytes(b"mine")
     with pytest.raises(MemvecError, match="use force=True"):
@@ -269,7 +269,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(good, tmp_path):
 
 @pytest.mark.parametrize("seed", range(300))
 def test_a_changed_file_is_refused(good, tmp_path, seed):
-    """Flips of a bit, runs of noise, bytes lost, doubled or swapped."""
+    """A bit is flipped, bytes are replaced, deleted or inserted, or the header's length changes."""
     random_ = random.Random(seed)
     data, at = bytearray(good), random_.randrange(len(good))
     n = random_.randrange(1, 9)
@@ -342,7 +342,7 @@ def test_foreign_files_are_refused(tmp_path, mem, good):
     ],
     ids=str,
 )
-def test_a_header_that_says_too_much_is_refused(mem, tmp_path, changes):
+def test_a_header_with_wrong_fields_is_refused(mem, tmp_path, changes):
     with pytest.raises(MemvecError, match="damaged header"):
         MemVectors.load(forged(mem, tmp_path / "a.mem", **changes))
 
@@ -351,7 +351,7 @@ def test_a_header_that_says_too_much_is_refused(mem, tmp_path, changes):
     ("rule", "front", "around"), [("vectors", "none", 0), ("bos", "none", 1), ("bos", "bos", 2)]
 )
 def test_a_passage_that_is_longer_than_the_context_is_not_decoded(mem, rule, front, around):
-    """With all that stands around its vectors; the last token is not read."""
+    """Inputs around the vectors count; the last token is not read, and so does not."""
     lm, (first, *others) = reader(), mem.passages
     fits = lm.context - 2 - around + 1
     for tokens in (fits, fits + 1):
@@ -420,10 +420,12 @@ def test_a_header_that_is_no_json_is_refused(mem, tmp_path):
     ids=str,
 )
 @pytest.mark.parametrize("force", [False, True])
-def test_a_forged_file_never_does_more_than_complain(mem, tmp_path, changes, force, capsys):
-    """The digest is right: only what is read is checked. One sentence, or the right text."""
+def test_a_forged_file_is_refused_in_one_sentence_or_read_right(
+    mem, tmp_path, changes, force, capsys
+):
+    """The digest is correct, so only the checks of each field can refuse it."""
     path = forged(mem, tmp_path / "a.mem", **changes)
-    complaints, found = [], []
+    sentences, found = [], []
     for use in (
         lambda m: m.summary(),
         lambda m: display.inspect(m, str(path)),
@@ -434,21 +436,21 @@ def test_a_forged_file_never_does_more_than_complain(mem, tmp_path, changes, for
         try:
             use(MemVectors.load(path))
         except MemvecError as error:
-            complaints.append(str(error))
-    assert all(len(text.splitlines()) == 1 for text in complaints)
+            sentences.append(str(error))
+    assert all(len(text.splitlines()) == 1 for text in sentences)
     assert found in ([], [[text.encode() for text in TEXTS]])
     assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("use", [{}, {"vectors": 1, "held_out": {"contexts": []}}])
-def test_a_forged_certificate_of_use_is_told(mem, tmp_path, use):
-    """It is for people only, so it is looked at where it is shown."""
+def test_a_forged_certificate_of_use_is_refused(mem, tmp_path, use):
+    """It is only shown to people, so it is checked where it is shown."""
     path = forged(mem, tmp_path / "a.mem", use=use)
     with pytest.raises(MemvecError, match="a certificate of use that is damaged"):
         stored_use(MemVectors.load(path), str(path))
 
 
-def test_a_header_of_a_later_version_is_no_damage(mem, tmp_path):
+def test_the_error_for_another_version_names_a_later_memvec(mem, tmp_path):
     with pytest.raises(MemvecError, match=r"or a later memvec's \(version: "):
         MemVectors.load(forged(mem, tmp_path / "a.mem", version=2))
 
@@ -472,8 +474,8 @@ def test_a_passage_longer_than_the_context_is_refused(mem, tmp_path):
         loaded.documents(reader())
 
 
-def test_wrong_text_is_never_returned(mem):
-    """Vectors of one passage in the place of another decode to the wrong one, and are refused."""
+def test_swapped_vectors_are_not_exact_and_give_no_text(mem):
+    """Vectors of one passage in place of those of another decode to the wrong passage."""
     swapped = MemVectors(mem.vectors.roll(1, 0), mem.header)
     with pytest.raises(NotExactError, match="passage 0 did not come back"):
         swapped.documents(reader())
@@ -490,8 +492,8 @@ def test_vectors_need_a_set_for_each_passage(mem, shape):
 
 @pytest.mark.parametrize("name", ["vectors", "trigger", "front"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_no_tensor_of_a_forged_file_holds_what_is_not_finite(name, number, tmp_path):
-    """A forger's digest is right: each tensor is looked at, the soft tokens too."""
+def test_a_forged_file_with_numbers_that_are_not_finite_is_refused(name, number, tmp_path):
+    """The digest is correct, so each tensor is checked, also those of soft tokens."""
     recipe = QUICK.__class__(steps=5, start_rule="bos", if_not_exact="stop")
     mem = codec.cram(reader(), ["the fox"], vectors=2, tokens=4, recipe=recipe)
     header = mem.header.model_copy(update={"soft_trigger": 3, "soft_front": 2})
@@ -521,7 +523,7 @@ def test_no_tensor_of_a_forged_file_holds_what_is_not_finite(name, number, tmp_p
     ],
 )
 def test_soft_tokens_are_those_of_the_header_and_of_one_width(mem, trigger, front, sentence):
-    """A wrong number and a wrong width have a sentence each."""
+    """A wrong number and a wrong width have different errors."""
     header = mem.header.model_copy(update={"soft_trigger": 3, "soft_front": 2})
     shapes = {"trigger": trigger, "front": front}
     soft = {name: torch.zeros(shape) for name, shape in shapes.items() if shape is not None}

@@ -1,4 +1,4 @@
-"""Which releases are tested, what is said of others, and that pyproject.toml and the lock agree."""
+"""The tested releases agree with pyproject.toml and the locks; other releases give a warning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANGES = {
 }
 GROUPS = PROJECT["dependency-groups"]
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-# lock -> what it must hold: the site's tools, and the evaluation harness, have their own
+# lock -> its requirements; the tools of the site and the evaluation harness have their own locks
 LOCKS = {
     "requirements.lock": [
         PROJECT["project"]["dependencies"],
@@ -57,7 +57,7 @@ def test_every_range_is_bounded(requirement):
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_holds_one_tested_release_of_everything(lock):
+def test_a_lock_has_one_release_in_range_of_every_requirement(lock):
     lines = (ROOT / lock).read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     locked = {pin.name.lower().replace("_", "-"): pin for pin in pins}
@@ -88,14 +88,14 @@ def test_an_untested_release_is_one_line(monkeypatch, installed, said):
     assert "\n" not in lines[0]
 
 
-def test_a_tested_release_says_nothing(monkeypatch):
+def test_a_tested_release_gives_no_warning(monkeypatch):
     monkeypatch.setattr(versions, "version", lambda name: versions.TESTED[name][1] + "+cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         versions.warn_of_untested_versions()
 
 
-def test_a_model_that_loads_says_it(folder, monkeypatch, command, tmp_path):
+def test_loading_a_model_warns_of_untested_releases(folder, monkeypatch, command, tmp_path):
     real = versions.version
     monkeypatch.setattr(versions, "version", lambda n: "99.0" if n == "torch" else real(n))
     with pytest.warns(UntestedVersionWarning, match=r"torch 99\.0 is newer"):

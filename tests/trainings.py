@@ -1,4 +1,4 @@
-"""What tests of every encoder's training share: text, a step's gradient, a run that is stopped."""
+"""Helpers for tests of every encoder's training: text, a step's gradient, an interrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memvec.model.lm import FrozenLM
 
 
 def stream(lm: FrozenLM, n: int = 4000, seed: int = 0) -> torch.Tensor:
-    """Token ids with something to learn: half of the tokens follow from the one before."""
+    """Token ids with a pattern to learn: every second token is the one before plus 1."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
     ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
@@ -24,9 +24,9 @@ def stream(lm: FrozenLM, n: int = 4000, seed: int = 0) -> torch.Tensor:
 
 
 def one_step(training: TrainingRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The ids (B, T) that one step takes, and the gradient that it moves by, before any clipping.
+    """The ids (B, T) that one step takes, and its gradient by parameter, before any clipping.
 
-    Nothing moves; parameters without a gradient are left out.
+    No parameter moves; those without a gradient are left out.
     """
     seen: dict[str, Any] = {}
     training.optimizer.step = lambda: seen.update(
@@ -43,7 +43,7 @@ def one_step(training: TrainingRun) -> tuple[torch.Tensor, dict[str, torch.Tenso
 def assert_gradient_of(
     training: TrainingRun, loss: torch.Tensor, found: dict[str, torch.Tensor], **tolerance: float
 ) -> None:
-    """The gradient that was found is autograd's of a loss that is written out."""
+    """The gradient `found` equals autograd's gradient of `loss`."""
     parameters = {k: p for k, p in training.network.named_parameters() if k in found}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     for name, gradient in zip(parameters, gradients, strict=True):
@@ -53,9 +53,9 @@ def assert_gradient_of(
 def stopped_and_resumed(
     make: Callable[[], TrainingRun], partial: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[TrainedEncoder, list[Any]]:
-    """A run that is interrupted after step `stop` and goes on: the encoder of one that was not.
+    """A run that is interrupted after step `stop` and resumed gives the uninterrupted encoder.
 
-    Returns the encoder, and what the second half reported.
+    Returns the encoder, and the reports of the resumed part.
     """
     monkeypatch.setattr("memvec.encoders.resumable.CHECKPOINT_EVERY", 1)
     whole = make().run()
@@ -76,9 +76,9 @@ def stopped_and_resumed(
 
 
 def assert_moves_the_encoder_alone(training: TrainingRun) -> TrainedEncoder:
-    """Every number of the network is moved and none of the model's; returns the encoder.
+    """Every tensor of the network is changed and none of the model; returns the encoder.
 
-    Of encoders that their files keep in bfloat16.
+    For encoders whose files are in bfloat16.
     """
     lm = training.lm
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
@@ -96,9 +96,9 @@ def assert_moves_the_encoder_alone(training: TrainingRun) -> TrainedEncoder:
 def assert_reads_batched_and_reloaded(
     lm: FrozenLM, encoder: TrainedEncoder, ids: torch.Tensor, K: int, file: Path
 ) -> TrainedEncoder:
-    """K vectors of passages together are those of each alone, and of the reloaded encoder.
+    """K vectors of a batch equal those of each passage alone, and those of the reloaded encoder.
 
-    Returns the latter.
+    Returns the reloaded encoder.
     """
     together = encoder.encode(lm, ids, K)
     assert together.shape == (len(ids), K, lm.width)
@@ -113,7 +113,7 @@ def assert_reads_batched_and_reloaded(
 def assert_reads_in_another_dtype(
     encoder: TrainedEncoder, lm: FrozenLM, half: FrozenLM, file: Path
 ) -> None:
-    """From its file, the same model in bfloat16 makes nearly the same vectors, in float32."""
+    """Loaded for the model in bfloat16, the encoder makes nearly the same vectors, in float32."""
     save_encoder(file, encoder, lm)
     ids = stream(lm, 12).view(2, 6)
     found, exact = load_encoder(file, half).encode(half, ids, 2), encoder.encode(lm, ids, 2)

@@ -2,13 +2,13 @@
 
 pytest runs with `--jaxtyping-packages`, whose import hook puts `@jaxtyping.jaxtyped(...)` on every
 function and class of memvec. That decorator binds the arguments to a signature, checks them, calls
-the function and checks arguments and result together; and it makes its checks anew each time that
-a function inside another is defined. All this was half of the suite's processor time. The one here
-checks arguments and result once each, and makes a function's checks once, when it is called. Of the
-calls of a function in one test it checks the first `FIRST`, and of those after them one in `EVERY`:
+the function and checks arguments and result together. It also makes its checks again each time that
+a function inside another is defined. This took half of the suite's processor time. The decorator of
+this module checks arguments and result once each, and makes a function's checks once, at its first
+call. In each test it checks the first `FIRST` calls of a function, and then one in `EVERY`, because
 a loop of steps calls each function with the same types a thousand times.
 
-As there, letters of shapes (B, K, T, D, V) mean the same numbers within one call, and
+As in jaxtyping, a letter of shapes (B, K, T, D, V) is the same number within one call, and
 `jaxtyping_disable` switches all checks off.
 """
 
@@ -28,7 +28,7 @@ from beartype import BeartypeConf, beartype
 Check = Callable[..., Any]
 config = jaxtyping.config
 checking = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
-one_call = functools.partial(jaxtyping.jaxtyped, "context")  # what letters mean in it
+one_call = functools.partial(jaxtyping.jaxtyped, "context")  # within, letters keep their numbers
 # By the identity of a function's code, which is kept: two functions may have equal code.
 known: dict[int, tuple[types.CodeType, Check, Check, bool]] = {}
 FIRST, EVERY = 32, 16
@@ -72,8 +72,8 @@ def checked(what: Any) -> Any:
 
 
 def checks_of(function: types.FunctionType) -> tuple[Check, Check, bool]:
-    """What checks a function's arguments, what checks its result and returns it, and whether they
-    have letters in common."""
+    """A function that checks the arguments, one that checks the result and returns it, and whether
+    any type has letters of shapes."""
     signature, empty = inspect.signature(function), inspect.Parameter.empty
     hints = {name: hint_of(p.annotation, function) for name, p in signature.parameters.items()}
     result = hint_of(signature.return_annotation, function)
@@ -94,7 +94,7 @@ def checks_of(function: types.FunctionType) -> tuple[Check, Check, bool]:
 
 
 def hint_of(annotation: Any, function: types.FunctionType) -> Any:
-    """An annotation that may be a string; Any for none, and where its names are for mypy only."""
+    """The type of an annotation, which may be a string; Any if none or imported for mypy only."""
     if annotation is inspect.Parameter.empty:
         return Any
 

@@ -1,4 +1,4 @@
-"""Data of the tests' own tasks: few words, with a worked example for a context."""
+"""Data of the tasks of tests/test_evaluate.py: four questions with the same four choices."""
 
 import datasets
 

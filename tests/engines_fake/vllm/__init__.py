@@ -1,4 +1,4 @@
-"""Stands for vLLM in the tests: the parts that memvec's runner calls, on transformers."""
+"""A fake vLLM for tests: the parts that memvec's runner calls, computed by transformers."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Stands for vllm.distributed."""
+"""A fake of vllm.distributed."""
 
 
 def cleanup_dist_env_and_memory():

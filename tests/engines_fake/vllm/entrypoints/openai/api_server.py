@@ -1,4 +1,4 @@
-"""Stands for vLLM's server: the three paths that memvec's runner asks, on the stand-in for LLM."""
+"""A fake of vLLM's server: the three paths that memvec's runner asks, with the fake LLM."""
 
 import base64
 import io
