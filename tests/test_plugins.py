@@ -589,7 +589,8 @@ class Doubled:
 
 def test_a_part_may_have_slots_and_a_copy_of_it_calls_its_own_methods(plugins):
     memvec.register("coordinates", "doubled")(Doubled)
-    assert [o.exact for o in crammed(Recipe.of(coordinates="doubled", steps=600, patience=600))]
+    outcomes = crammed(Recipe.of(coordinates="doubled", steps=600, patience=600))
+    assert [o.exact for o in outcomes] == [True] * 3
     made = registry.made("coordinates", "doubled", Recipe(), 2, None)
     other = copy(made)
     object.__setattr__(other, "factor", 3.0)

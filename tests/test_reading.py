@@ -121,11 +121,19 @@ def test_a_model_without_a_final_norm_in_front_of_its_head_has_no_lens(family):
         inside.logit_lens(lm, inputs_of(lm), K, ASKED.ids[0])
 
 
-def test_a_path_is_centred_in_two_components_and_ends_with_the_whole_passage():
-    """The first component has the larger variance, and the last point is positive in both."""
-    lm = tiny()
+def test_a_path_is_in_two_principal_components_and_ends_with_the_whole_passage(monkeypatch):
+    """They are the eigenvectors of the covariance; the last point is positive in both."""
+    lm, decomposed, svd = tiny(), [], torch.linalg.svd
     recipe = Recipe(start_rule="bos", steps=QUICK.steps, compute="model")
-    path = inside.path_of(lm, ASKED.ids, K, recipe, "float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", lambda a, **o: decomposed.append(a) or svd(a, **o))
+        path = inside.path_of(lm, ASKED.ids, K, recipe, "float32")
+    points = decomposed[-1].numpy()  # (steps + 1, K D)
+    variances, directions = np.linalg.eigh(np.cov(points.T))
+    first, second = (np.abs((points - points.mean(0)) @ directions[:, -i]) for i in (1, 2))
+    np.testing.assert_allclose(np.abs(path.x), first, atol=1e-6 * first.max())
+    np.testing.assert_allclose(np.abs(path.y), second, atol=1e-6 * first.max())
+    assert path.explained == pytest.approx(variances[-2:].sum() / variances.sum())
     assert len(path.x) == len(path.y) == len(path.leading) > 3
     assert 0 < path.explained <= 1 + 1e-9
     assert path.leading == sorted(path.leading)

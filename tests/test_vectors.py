@@ -387,8 +387,9 @@ def test_vectors_that_do_not_fit_the_header_are_refused(mem, tmp_path, change, s
 def test_a_header_that_is_no_json_is_refused(mem, tmp_path):
     for text in ("", "[", "null", "[" * 100_000, '{"passages": ' * 5000, "\u0000"):
         path = tmp_path / "a.mem"
-        save_file({"vectors": mem.vectors}, path, {"memvec": text, "sha256": ""})
-        with pytest.raises(MemvecError):
+        digest = digest_of(text, {"vectors": mem.vectors})
+        save_file({"vectors": mem.vectors}, path, {"memvec": text, "sha256": digest})
+        with pytest.raises(MemvecError, match="has a damaged header"):
             MemVectors.load(path)
 
 
