@@ -124,7 +124,8 @@ def test_passages_continue_after_out_of_memory(monkeypatch):
     outcomes = list(engine.run(passages(3, 3, 3, 3)))
     assert cramped.failures > 0
     assert all(o.exact for o in outcomes)
-    assert all(o.steps >= 3 for o in outcomes)
+    # No step is repeated. Each passage has one pass more, in which it meets its margin.
+    assert engine.steps <= 3 + sum(o.steps - 3 + 1 for o in outcomes)
 
 
 def test_out_of_memory_at_the_last_step_keeps_the_longest_horizon(monkeypatch):
