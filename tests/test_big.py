@@ -447,6 +447,22 @@ def test_a_gpu_gets_enough_slots_to_be_busy(monkeypatch, tokens, vectors):
         assert default_batch_size(lm, tokens, vectors, facts) == min(fits, 32)
 
 
+def test_memory_that_torch_keeps_and_does_not_use_is_free(monkeypatch):
+    """After a run, the allocator keeps blocks that the driver counts as taken."""
+    facts, on_gpu = facts_of_config(LLAMA_8B, 2), copy(tiny())
+    on_gpu.device = torch.device("cuda")
+
+    def slots(**sizes):
+        sizes["mem_get_info"] = (sizes["mem_get_info"], 2**37)
+        for name, size in sizes.items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+        return default_batch_size(on_gpu, 32, 1, facts)
+
+    fresh = slots(mem_get_info=2**36, memory_reserved=0, memory_allocated=0)
+    kept = slots(mem_get_info=2**35, memory_reserved=3 * 2**35, memory_allocated=2**36)
+    assert kept == fresh > slots(mem_get_info=2**35, memory_reserved=2**36, memory_allocated=2**36)
+
+
 @pytest.mark.parametrize("batch_size", [1, 64, 1024])
 def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
     """Beyond one chunk of logits, only the hidden states grow with the slots."""

@@ -453,6 +453,14 @@ def test_every_step_and_purpose_has_draws_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
+def test_runs_of_two_seeds_draw_apart():
+    first, second = (
+        Training(tiny(), stream(tiny()), replace(SMALL, seed=seed))._generator("step", 3)
+        for seed in (0, 1)
+    )
+    assert first.initial_seed() != second.initial_seed()
+
+
 def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():
     lm = tiny()
     with pytest.raises(MemvecError, match=r"3350 tokens are too few .* at least 3351 tokens\.$"):

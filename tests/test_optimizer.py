@@ -22,7 +22,7 @@ from memvec.cramming.objectives import (
     objective_named,
     score,
 )
-from memvec.cramming.optimizers import Adam, AdamW, NAdam
+from memvec.cramming.optimizers import Adam, AdamW, NAdam, first_decay
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Growing, annealed_temperature
 from memvec.errors import MemvecError
@@ -111,6 +111,19 @@ def test_stuck_vectors_are_enlarged_once_and_large_ones_never():
     assert state.enlarged.all()
 
 
+def test_rates_are_in_units_of_a_size_above_1_until_the_vectors_are_large():
+    """The rate of large vectors is `lr_large`, whatever size they began with."""
+    recipe = Recipe(schedule="growing", stuck_after=2, lr=0.1, lr_large=2.0)
+    schedule = registry.get("schedule", "growing")(recipe, 1)
+    large = torch.tensor([False, False, False, True])
+    state = schedule.fresh(torch.tensor([0.1, 1.0, 4.0, 4.0]), large)
+    assert state.lr_scale.tolist() == pytest.approx([1.0, 1.0, 4.0, 20.0])
+    for _ in range(3):
+        _, gained = schedule.record(state, torch.zeros(4, dtype=torch.long))
+        schedule.advance(state, gained)
+    assert state.lr_scale.tolist() == pytest.approx([20.0] * 4)
+
+
 def test_a_schedule_notes_progress_and_runs_out_of_patience():
     schedule = registry.get("schedule", "whole")(Recipe(patience=3), 1)
     state = schedule.fresh(torch.ones(2), torch.zeros(2, dtype=torch.bool))
@@ -194,6 +207,13 @@ def test_the_mean_gradient_against_its_definition(rise, name):
         adam.step(parameters, gradient, state, torch.tensor([True]))
         torch.testing.assert_close(before - parameters, mean / gradient.abs(), rtol=1e-4, atol=1e-4)
     assert sum(weights) == pytest.approx(1.0 if rise else 1 - 0.9**40)
+
+
+def test_the_decay_of_the_mean_gradient_rises_to_beta1_and_no_further():
+    moved, recipe = torch.arange(40.0), Recipe(beta1=0.6, beta1_rise=0.5)
+    expected = [min(0.6, 1 - 1 / (1 + 0.8 * t**0.5)) for t in range(40)]
+    assert first_decay(moved, recipe).tolist() == pytest.approx(expected)
+    assert expected.count(0.6) > 30
 
 
 def test_the_default_looks_ahead_and_published_recipes_do_not():
@@ -309,6 +329,28 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     assert share[2].tolist() == [0.0] * T
 
 
+def test_positions_that_count_have_equal_weights_with_the_sum_1():
+    counts = torch.tensor([0, 1, 2, 5])
+    counted = torch.arange(5) < counts[:, None]
+    weights = objective_named("cross-entropy").weights(counted, torch.zeros(4, 5), torch.zeros(4))
+    for row, count in zip(weights.tolist(), counts.tolist(), strict=True):
+        assert row == pytest.approx([1 / max(1, count)] * count + [0.0] * (5 - count))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_passages_without_a_temperature_have_that_of_the_recipe(reference):
+    states, ids = torch.randn(2, 3, 8), torch.randint(0, 8, (2, 3))
+    recipe, options = Recipe(temperature=0.25), {"V": 8, "reference": reference}
+    default = score(torch.nn.Identity(), states, ids, recipe, **options)
+    given = score(
+        torch.nn.Identity(), states, ids, recipe, temperature=torch.full((2,), 0.25), **options
+    )
+    for name, value in vars(default).items():
+        assert torch.equal(value, getattr(given, name))
+    loss = cross_entropy(states.flatten(0, 1), ids.flatten(), torch.full((6,), 0.25), recipe)
+    torch.testing.assert_close(default.loss.flatten(), loss)
+
+
 @pytest.mark.parametrize("name", registry.names("objective"))
 def test_a_row_that_is_not_finite_spoils_no_other(name):
     weight = torch.eye(4)
@@ -332,6 +374,16 @@ def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
     assert torch.equal(stored, vectors.to(dtype).float())
     (gradient,) = torch.autograd.grad((stored * torch.arange(8.0)).sum(), vectors)
     assert torch.equal(gradient, torch.arange(8.0).expand(2, 1, 8))
+
+
+def test_direct_coordinates_are_a_copy_of_the_vectors():
+    """An optimiser moves parameters in place, and the best vectors so far stay."""
+    vectors, direct = torch.randn(B, K, D), Direct(Recipe(), K, tiny())
+    parameters = direct.parameters(vectors)
+    assert torch.equal(direct.vectors(parameters), vectors)
+    before = vectors.clone()
+    parameters.add_(1)
+    assert torch.equal(vectors, before)
 
 
 # ---------------------------------------------------------------------- recipes

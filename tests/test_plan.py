@@ -16,7 +16,7 @@ from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.plan import _apart, _Clock, _cost, _Times, _Total, plan
+from memvec.lab.plan import _apart, _Clock, _cost, _sample, _Times, _Total, plan
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.statistics import Mean
@@ -58,12 +58,34 @@ def test_exact_passages_of_one_length_give_an_estimate_without_deviation(tokens)
     assert planned.seconds.low <= planned.seconds.mean <= planned.seconds.high
 
 
+@pytest.mark.slow
+def test_tokens_per_vector_are_those_of_the_pieces_of_a_passage():
+    """A passage of seven tokens that is cut has as many vectors as pieces."""
+    lm = reader()
+    planned = plan(lm, Document.of(lm, WORDS), tokens=8, recipe=Recipe(steps=1), batch_size=1)
+    assert (planned.sampled, planned.tokens) == (1, 7)
+    assert planned.vectors.mean > 1
+    assert planned.tokens_per_vector.mean == pytest.approx(7 / planned.vectors.mean)
+
+
 @pytest.mark.parametrize(("sample", "sampled"), [(3, 3), (4, 7), (6, 7)])
 def test_a_text_of_which_more_than_half_would_be_sampled_is_measured_whole(sample, sampled):
     lm = reader()
     document = Document.of(lm, WORDS)
     planned = plan(lm, document, tokens=1, recipe=QUICK, sample=sample)
     assert (len(document.ids), planned.sampled, planned.sampled_tokens) == (7, sampled, sampled)
+
+
+def test_sampled_passages_are_those_of_the_text_at_their_places():
+    lm = reader()
+    document, options = Document.of(lm, TEXT), {"recipe": QUICK, "batch_size": 1}
+    job = CramJob(lm, [document], 1, tokens=3, storage=storage_of("float32"), **options)
+    sample, seconds = _sample(job, document, 12, 0)
+    assert len(sample) > 6
+    for p in sample:
+        assert p.ids == tuple(document.ids[p.offset : p.offset + 3])
+    assert len({p.ids for p in sample}) > 1
+    assert seconds > 0
 
 
 def test_the_seconds_of_a_passage_are_those_of_all_its_pieces():

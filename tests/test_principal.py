@@ -10,6 +10,7 @@ import torch
 from conftest import QUICK, passages, tiny
 from memvec.arms import principal
 from memvec.companions.around import with_front
+from memvec.cramming.coordinates import supported_coordinates
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -99,6 +100,16 @@ def test_whitened_gradients_have_the_roots_of_the_eigenvalues(family):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
 
 
+def test_each_rotated_number_is_along_one_direction():
+    """A vector along the direction i is the parameter i alone, and the other way round."""
+    lm = tiny()
+    directions = principal.gradient_spectrum(lm).directions.T
+    rotated = principal.Principal(Recipe(), 1, lm)
+    unit = torch.eye(lm.width)[:, None]
+    torch.testing.assert_close(rotated.parameters(directions[:, None]), unit, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotated.vectors(unit)[:, 0], directions, rtol=0, atol=1e-6)
+
+
 @both
 @every_family
 def test_crammed_passages_decode_from_the_returned_vectors(family, recipe):
@@ -132,6 +143,15 @@ def test_other_spaces_have_direct_coordinates_in_their_recipe(recipe):
         {"space": "shared-basis", "dimensions": 8},
     ):
         assert Engine(lm, replace(recipe, **changes)).recipe.coordinates == "direct"
+
+
+def test_vectors_that_decode_in_one_step_are_moved_directly():
+    """The directions are those of gradients in front of tokens."""
+    lm = tiny()
+    for layout in ("one-step", "one-step-shared"):
+        for name in ("principal", "whitened"):
+            assert supported_coordinates(name, lm.read_as(layout)) == "direct"
+    assert supported_coordinates("principal", lm) == "principal"
 
 
 def test_gradients_that_are_not_finite_are_left_out(monkeypatch):

@@ -8,6 +8,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,6 +213,16 @@ def test_chains_grow_over_the_first_half_of_the_steps():
     assert longest == [1, 2, 3, 4, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize(("steps", "segments"), [(5, 3), (7, 4), (9, 2), (3, 5)])
+def test_a_chain_is_never_shorter_than_the_share_of_the_first_half_that_is_done(steps, segments):
+    lm = tiny()
+    plan = replace(SMALL, steps=steps, segments=segments)
+    training = RecurrentTraining(lm, stream(lm), plan)
+    for training.step in range(steps):
+        reached = min(Fraction(2 * (training.step + 1), steps), 1) * segments
+        assert reached <= training._longest_chain() < reached + 1
+
+
 def test_a_step_has_about_the_positions_that_were_asked_for():
     """Each segment is read between memory and slots, and asked for after memory and question."""
     training = RecurrentTraining(tiny(), stream(tiny()), replace(SMALL, steps=8, positions=400))
@@ -249,6 +260,25 @@ def test_the_last_memory_is_noisy_in_training():
     without = memories(0.0)
     added = (memories(0.5) - without).square().mean() / without.square().mean()
     assert added.sqrt() == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_noise_of_the_last_memory_is_a_constant_of_the_gradient():
+    """Its size follows the memory, but the memory is not trained to make it small."""
+    lm = tiny()
+    training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=0.5))
+    descend, seen = training._descend, []
+    training._descend = lambda vectors, ids: seen.append(vectors.detach()) or descend(vectors, ids)
+    ids, found = one_step(training)
+    encoder = RecurrentEncoder(training.network)
+    memory = encoder.memories(lm, ids, T)[-1]
+    noise = seen[0][: len(ids), : SMALL.slots] - memory.detach()
+    assert noise.square().mean() > 0.1 * memory.detach().square().mean()
+    losses = []
+    for lag in range(lags := len(seen[0]) // len(ids)):
+        truth = torch.split(ids, T, dim=1)[-1 - lag]
+        logits = lm.logits(encoder.asked(memory + noise, lag), truth)
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten()))
+    assert_gradient_of(training, sum(losses) / lags, found, rtol=1e-3, atol=1e-6)
 
 
 def test_questions_and_first_memory_move_at_a_higher_rate():

@@ -57,3 +57,16 @@ def test_the_reference_stops_after_its_patience_and_its_steps():
     assert right < 30
     _, _, losses = cram_one(lm, list(passage.ids), first, patience=2, lr=1e-9)
     assert len(losses) in (2, 3)  # 2 if no token is right at first: then no accuracy is better
+
+
+def test_the_patience_of_the_reference_begins_with_the_first_step_without_a_right_token():
+    """As in the published loop; a first step with a right token is progress."""
+    lm = tiny()
+    first = torch.randn(1, lm.width, generator=torch.Generator().manual_seed(0))
+    best = int(lm.logits(first[None], torch.zeros(1, 1, dtype=torch.long))[0, 0].argmax())
+    wrong = (best + 1) % lm.vocab_size
+    for ids, steps in (([best, wrong], 3), ([wrong, wrong], 2)):
+        other = int(lm.logits(first[None], torch.tensor([ids]))[0, 1].argmax())
+        ids[1] = (other + 1) % lm.vocab_size
+        _, right, losses = cram_one(lm, ids, first, patience=2, lr=1e-9)
+        assert (right, len(losses)) == (steps - 2, steps)

@@ -104,6 +104,15 @@ def test_the_map_is_the_ridge_solution_of_its_penalty():
     np.testing.assert_allclose(fitted(x).mean(0), y.mean(0))
 
 
+def test_a_map_does_not_depend_on_the_unit_of_its_inputs():
+    """Models have embeddings of very different sizes: penalties are in units of the vectors."""
+    x, y, _ = pairs(30, 8, 4, 0.5, seed=3)
+    fit, scaled = fit_linear(x, y), fit_linear(1000 * x, y)
+    assert fit.penalty > 0
+    np.testing.assert_allclose(scaled(1000 * x), fit(x), rtol=1e-8)
+    assert scaled.explained == pytest.approx(fit.explained)
+
+
 def test_too_few_pairs_have_no_map():
     with pytest.raises(MemvecError, match="needs at least 8 pairs, not 7"):
         fit_linear(np.zeros((7, 2)), np.zeros((7, 2)))

@@ -258,6 +258,17 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
         UsableTraining(lm, stream(lm), SMALL).run(partial)
 
 
+def test_a_stopped_training_goes_on_with_its_own_trigger_only(tmp_path):
+    lm, partial = copy.copy(tiny()), tmp_path / "e.partial"
+    rows = lm.embedding_std * torch.randn(3, lm.width)
+    lm.own_trigger = CrammedTrigger(rows, "the one it began with")
+    plan = replace(SMALL, steps=1)
+    UsableTraining(lm, stream(lm), plan).run(partial)
+    lm.own_trigger = CrammedTrigger(-rows, "another one")
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        UsableTraining(lm, stream(lm), plan).run(partial)
+
+
 @pytest.mark.slow
 def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
