@@ -96,6 +96,17 @@ def test_each_part_is_read_after_those_before_it(family):
     assert not torch.allclose(after[:, 2], found[:, 2], rtol=1e-3)
 
 
+@pytest.mark.parametrize(("T", "K", "ends"), [(8, 3, (2, 5, 8)), (11, 4, (2, 5, 8, 11))])
+def test_parts_are_as_equal_as_they_can_be(T, K, ends, monkeypatch):
+    """Each summary follows its part; a remainder is spread over the parts."""
+    lm, seen = copy.copy(tiny()), []
+    encoder, ids, hidden = encoder_of(lm, slots=K), stream(lm, 20)[None, :T], lm.hidden
+    monkeypatch.setattr(lm, "hidden", lambda x, **o: seen.append(x) or hidden(x, **o))
+    encoder.encode(lm, ids, K)
+    summary, pieces = encoder.network.summary, torch.tensor_split(lm.embed(ids)[0], ends[:-1])
+    assert torch.equal(seen[0][0], torch.cat([row for part in pieces for row in (part, summary)]))
+
+
 def test_another_thread_reads_the_model_without_adapters():
     lm, ids = tiny(), torch.tensor([[3, 4, 5]])
     encoder, plain, seen = encoder_of(lm), lm.own_logits(ids), []

@@ -186,6 +186,23 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
     assert {p.margin_asked for p in mem.passages[1:]} == {asked}
 
 
+def test_the_certificate_of_use_is_of_the_passages_in_their_order(monkeypatch):
+    """Passages become ready in any order, and the term compares each with its own vectors."""
+    lm, seen = reader(), []
+    options = {"tokens": 2, "batch_size": 4, "storage": storage_of("float32"), "halve": False}
+    recipe = Recipe(steps=0, if_not_exact="stop")
+    work = CramJob(lm, [Document.of(lm, "the cat sat on the mat")], 2, recipe=recipe, **options)
+    cut = list(work.make_cutter()[0].cut(work.documents[0].ids, 0, 1))
+    work.cram(cut)
+    work.done = dict(sorted(work.done.items(), reverse=True))
+    monkeypatch.setattr(work.engine.stepper.term, "certificate", lambda *asked: seen.append(asked))
+    mem, _ = work.certified(keep_text=False)
+    ((of, ids),) = seen
+    assert torch.equal(of.vectors, mem.vectors)
+    assert ids == [passage.ids for passage in cut]
+    assert len(ids) == len(mem.passages) == 3
+
+
 def test_a_last_decode_that_disagrees_ends_where_the_recipe_says_stop(monkeypatch):
     lm, honest, decodes = reader(), cram_job.certificate_of, []
 
@@ -665,6 +682,19 @@ def test_what_was_crammed_again_replaces_what_was_there(tmp_path):
     again = record.get(outcome.passage)
     assert (len(record), again.steps) == (1, outcome.steps + 1)
     assert torch.equal(again.vectors, outcome.vectors + 1)
+    record.close()
+
+
+def test_halves_of_an_earlier_run_are_not_crammed_again(tmp_path):
+    """Neither those of a passage that was given up then, nor those of one that is given up now."""
+    lm, record, text = reader(), journal(tmp_path / "j"), "the cat sat on"
+    (whole,) = [Passage(tuple(Document.of(lm, text).ids))]
+    for outcome in Engine(lm, QUICK, vectors=2).run(whole.halves()):
+        record.put(outcome)
+    options = {"vectors": 2, "tokens": 4, "recipe": Recipe(steps=0), "journal": record}
+    for _ in range(2):  # at the second time, the journal has the whole passage, too
+        mem = codec.cram(lm, [text], **options)
+        assert (mem.exact, len(mem.passages), len(record)) == (True, 2, 3)
     record.close()
 
 

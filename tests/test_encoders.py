@@ -32,6 +32,7 @@ from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.measure import compare, crammed_in_order
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
+from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.training import GRID, SlotsPlan, Training
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
@@ -208,6 +209,19 @@ def test_a_passage_is_read_in_equal_parts_one_after_the_other(T, K, tokens, monk
         assert all(abs(len(part) / k - T / K) < 1 for part, k in read)
     for (leading, k), (part, _) in zip(whole, read, strict=True):
         assert leading == part[: tokens * k or None] != []
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_vectors_are_the_outputs_at_the_first_slots_in_the_models_units(K):
+    lm = tiny()
+    network, embedded = network_of(lm), torch.randn(3, 5, lm.width)
+    with torch.no_grad():
+        forth, back = network(embedded, K), network(embedded.flip(1), K)
+        assert not torch.allclose(forth, back, atol=1e-3)  # the order of tokens is read
+        network.layers = torch.nn.Identity()
+        found, at_slots = network(embedded, K), network.out(network.slots[:K])
+    expected = 3.0 * at_slots + lm.embedding.weight.mean(0)
+    torch.testing.assert_close(found, expected.expand(3, -1, -1))
 
 
 @pytest.fixture
@@ -451,6 +465,15 @@ def test_every_step_and_purpose_has_draws_of_its_own():
         run._generator(name, n).initial_seed() for name in ("step", "length") for n in range(999)
     ]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_a_summary_encoder_that_is_moved_reads_as_many_tokens_as_before():
+    width = tiny().width
+    encoder = SummaryEncoder(torch.randn(2, width), torch.eye(width), torch.zeros(width), tokens=3)
+    encoder.identity = "its own"
+    moved = encoder.to(torch.device("cpu"), torch.bfloat16)
+    assert (moved.tokens, moved.max_vectors, moved.identity) == (3, 2, "its own")
+    assert torch.equal(moved.summary, encoder.summary.bfloat16())
 
 
 def test_runs_of_two_seeds_draw_apart():

@@ -351,6 +351,22 @@ def test_passages_without_a_temperature_have_that_of_the_recipe(reference):
     torch.testing.assert_close(default.loss.flatten(), loss)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_tie_is_right_where_no_margin_is_asked_and_greedy_decoding_takes_it(reference):
+    """Greedy decoding takes the first of equal tokens. A required margin is reached by no tie."""
+    logits = torch.tensor([[[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 1.5, 1.0]]])
+    options = {"temperature": torch.ones(1), "V": 3, "reference": reference}
+    for asked in (0.0, 0.5):
+        recipe, ids = Recipe(margin=asked), torch.tensor([[0, 1, 1]])
+        first, second, third = (
+            score(torch.nn.Identity(), logits, ids, recipe, **options).margin[0].tolist()
+        )
+        assert first > 0 or asked
+        assert second == 0
+        assert first < 1e-5
+        assert third == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("name", registry.names("objective"))
 def test_a_row_that_is_not_finite_spoils_no_other(name):
     weight = torch.eye(4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -134,6 +135,15 @@ def test_a_passage_is_read_as_far_as_memory_and_slots_leave_room():
         compare(view, ids, [-1])
 
 
+def test_each_lag_has_a_question_of_its_own_behind_the_memory():
+    encoder, memory = encoder_of(tiny(), lags=3), torch.randn(4, 2, tiny().width)
+    for lag in range(3):
+        asked = encoder.asked(memory, lag)
+        assert torch.equal(asked[:, :-1], memory)
+        assert torch.equal(asked[:, -1], encoder.network.questions[lag].expand(4, -1))
+    assert len(encoder.network.questions.unique(dim=0)) == 3
+
+
 def test_before_training_it_is_a_queue_of_the_own_encoder():
     """The newest vector is nearly that of the summary encoder, the older ones move up."""
     lm = tiny()
@@ -154,6 +164,27 @@ def test_before_training_it_is_a_queue_of_the_own_encoder():
     expected = heard @ own.weight.T + own.bias
     torch.testing.assert_close(first[:, -1:], expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(second[:, 1], first[:, 2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_gate_mixes_each_vector_with_its_new_value():
+    """Shut, the memory moves up by one place; open, it is new; between, it is their mean."""
+    lm = tiny()
+    network = network_of(lm, slots=3)
+    memory, embedded, heard = (torch.randn(2, n, lm.width) for n in (3, T, 3))
+    with torch.no_grad():
+        network.gate.weight.zero_()
+        network.out.weight.zero_()
+        network.out.bias.zero_()
+        carried = {}
+        for openness in (-50.0, 50.0, 1.0):
+            network.openness.fill_(openness)
+            carried[openness] = network(memory, embedded, heard)
+    shut, new, between = carried.values()
+    torch.testing.assert_close(shut, memory[:, [1, 2, 2]])
+    torch.testing.assert_close(new, network.map(heard).detach())
+    share = 1 / (1 + math.exp(-1.0))
+    torch.testing.assert_close(between, (1 - share) * shut + share * new)
+    assert not torch.allclose(new, shut, atol=0.1)
 
 
 # ---------------------------------------------------------------------- training

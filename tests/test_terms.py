@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import QUICK, passages, tiny
+from memvec.arms.alignment import PlainStates
 from memvec.arms.geometric import NO_FAILURE, Geometric
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -272,6 +273,17 @@ def test_the_alignment_of_a_text_does_not_depend_on_its_neighbours():
         assert [job.passage for job in engine.jobs] == batch
         losses += engine.stepper.measure(engine.batch, engine.columns).term.loss.tolist()
     assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(2, 5), (5, 2), (3, 3)])
+def test_states_of_short_and_long_texts_are_kept_whole_together(lengths):
+    """A passage that enters a slot later may be longer than all before it."""
+    first, second = (torch.randn(2, tokens, 3, 4) for tokens in lengths)
+    both = PlainStates(first).joined(PlainStates(second)).states
+    assert both.shape == (4, max(lengths), 3, 4)
+    for rows, states in ((both[:2], first), (both[2:], second)):
+        assert torch.equal(rows[:, : states.shape[1]], states)
+        assert not rows[:, states.shape[1] :].any()
 
 
 def test_a_text_with_its_own_bos_is_aligned_without_another():

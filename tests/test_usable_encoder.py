@@ -136,6 +136,25 @@ def test_untrained_it_begins_at_the_last_tokens():
     torch.testing.assert_close(found, last_tokens(lm, ids.tolist(), 3, Recipe()))
 
 
+def test_it_reads_bos_the_passage_and_its_summaries(monkeypatch):
+    """In the model's own words, a text begins with BOS; without BOS, with its first token."""
+    lm = copy.copy(tiny())
+    encoder, ids, hidden, seen = encoder_of(lm, slots=3), stream(lm, 6)[None, :5], lm.hidden, []
+    monkeypatch.setattr(lm, "hidden", lambda x, **o: seen.append(x) or hidden(x, **o))
+    encoder.encode(lm, ids, 2)
+    first = lm.embed(torch.tensor([[lm.bos_id]]))
+    expected = torch.cat([first[0], lm.embed(ids)[0], encoder.network.summary[:2]])
+    assert torch.equal(seen[0][0], expected)
+
+
+def test_untrained_summaries_are_near_the_mean_and_differ():
+    lm = tiny()
+    mean = lm.embedding.weight.float().mean(0)
+    away = fresh(lm, slots=64, rank=1).begun(lm, mean).summary.detach() - mean
+    assert float(away.std() / mean.std()) == pytest.approx(0.1, rel=0.1)
+    assert len(away.unique(dim=0)) == 64
+
+
 def test_a_model_in_another_dtype_reads_with_it(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     half = FrozenLM(build("llama").to(torch.bfloat16), name="half")
