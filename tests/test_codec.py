@@ -128,6 +128,16 @@ def test_a_passage_that_does_not_fit_is_halved_until_it_does():
     assert seen[-1].done == seen[-1].tokens == len(ids)
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 5])
+def test_every_half_has_a_token_to_predict_after_those_that_are_given(tokens):
+    """With the start rule 'first-token', a passage of one token would say nothing."""
+    recipe = Recipe(steps=0, start_rule="first-token", if_not_exact="stop")
+    mem = codec.cram(reader(), ["the cat sat on the mat"], tokens=tokens, recipe=recipe)
+    lengths = [passage.tokens for passage in mem.passages]
+    assert min(lengths) >= 2
+    assert sum(lengths) == 6
+
+
 def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
     """No steps at all: passages are halved to one token per vector, then reported."""
     lm = reader()

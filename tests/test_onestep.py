@@ -143,6 +143,15 @@ def test_no_passage_is_longer_than_e_reaches(window):
     assert one_step(tiny("gemma2")).context == 128  # some of its layers see everything
 
 
+@pytest.mark.parametrize(("used", "context"), [(False, 128), (True, 2 * 3 + 1 + 2)])
+def test_a_window_that_is_not_used_limits_no_passage(used, context):
+    """Some configurations name a window and leave it out, without the kinds of their layers."""
+    lm = copy(one_step(tiny()))
+    config = SimpleNamespace(sliding_window=4, use_sliding_window=used, num_hidden_layers=2)
+    lm.config = SimpleNamespace(get_text_config=lambda: config)
+    assert lm.reading.context(lm) == context
+
+
 @pytest.mark.parametrize("rule", ["bos", "first-token"])
 def test_nothing_is_continued(rule):
     lm = one_step(tiny())
