@@ -18,6 +18,7 @@ from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.arms import shared_m
 from memvec.arms.shared_m import Shared
+from memvec.cram_job import CramJob
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
@@ -27,7 +28,10 @@ from memvec.export import export, names
 from memvec.export import target as target_of
 from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
+from memvec.passages.documents import Document
+from memvec.passages.passage import Passage
 from memvec.results import PositionScores
+from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from properties import moves, paths
 from test_engine import Guess
@@ -269,6 +273,32 @@ def test_what_one_m_cannot_hold_is_halved():
     assert mem.exact == all(p.exact for p in mem.passages)
     if mem.exact:
         assert codec.decode(lm, mem) == [text]
+
+
+def test_passages_beside_one_that_is_halved_or_disagrees_go_on_as_they_were(monkeypatch):
+    """The others keep their place in the file, and their margins."""
+    lm, given, run = reader("words").read_as("one-step-shared"), [], Shared.run
+    document = Document.of(lm, "the cat sat on the lazy dog and")
+    options = {"recipe": Recipe(steps=0), "batch_size": 8, "storage": storage_of("float32")}
+    work = CramJob(lm, [document], 2, tokens=4, **options)
+
+    def scripted(shared, jobs):
+        given.append([(job.passage, job.margin) for job in jobs])
+        outcomes = run(shared, jobs)
+        return [replace(o, exact=len(given) > 1 or o.passage.offset > 0) for o in outcomes]
+
+    monkeypatch.setattr(Shared, "run", scripted)
+    first, other = (Passage(tuple(document.ids[at : at + 4]), 0, at) for at in (0, 4))
+    work._cram_sharing_a_vector([Job(first, 1.0), Job(other, 1.0)])
+    assert [[passage for passage, _ in call] for call in given] == [
+        [first, other],
+        [*first.halves(), other],
+    ]
+    assert sorted(work.done) == [(0, 0), (0, 2), (0, 4)]
+    before = dict(given[-1])
+    work._cram_further([work.done[0, 2]])
+    for passage, margin in given[-1]:
+        assert (margin > before[passage]) == (passage.offset == 2)
 
 
 def test_a_header_cannot_claim_a_shared_m():

@@ -98,6 +98,18 @@ def test_the_seconds_of_a_passage_are_those_of_all_its_pieces():
     assert cost.seconds == pytest.approx(200 * 1.5 * 0.01 + 3 * 0.25)
 
 
+def test_what_is_spent_is_kept_of_a_passage_and_of_each_of_its_halves():
+    """Also of the first half, which begins where the passage does."""
+    lm = reader()
+    document, options = Document.of(lm, "the cat sat on"), {"recipe": Recipe(steps=0)}
+    job = CramJob(
+        lm, [document], 1, tokens=4, batch_size=4, storage=storage_of("float32"), **options
+    )
+    job.cram([Passage(tuple(document.ids))])
+    singles = {(0, at, 1) for at in range(4)}
+    assert job.spent.keys() == {(0, 0, 4), (0, 0, 2), (0, 2, 2)} | singles
+
+
 def test_the_rate_is_that_of_steps_with_busy_slots():
     """The engine's totals are of three slots at 10 ms a token, then of one slot at 50 ms."""
     clock = _Clock(None)
@@ -156,6 +168,35 @@ def test_the_command_prints_the_plan_and_writes_no_file(command, folder, tmp_pat
     assert shown.code == 0
     assert all(word in shown.out.decode() for word in ("tokens per vector", "vectors", "time"))
     assert not list(tmp_path.glob("*.mem*"))  # a plan writes nothing
+
+
+def test_the_options_of_the_command_are_those_of_the_plan(command, folder, tmp_path, monkeypatch):
+    asked: dict[str, object] = {}
+
+    def noted(lm, document, **options):
+        asked.update(options)
+        raise MemvecError("noted.")
+
+    monkeypatch.setattr("memvec.lab.plan.plan", noted)
+    (text := tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
+    given = {"vectors": 2, "tokens": 3, "sample": 4, "seed": 5, "batch_size": 6, "storage": "int8"}
+    words = [
+        word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    assert command("plan", text, "-m", folder, "--set", "steps=7", *words).code == 2
+    assert {name: asked[name] for name in given} == given
+    assert asked["recipe"].steps == 7
+
+
+def test_no_total_of_a_plan_is_below_zero(capsys):
+    """A symmetric interval of few passages may begin below 0, and the mean stays in it."""
+    lm = reader()
+    planned = plan(lm, Document.of(lm, WORDS), tokens=1, recipe=QUICK, sample=2)
+    total = Mean(20.0, -5.0, 45.0, 9.0, 3)
+    _print_plan(replace(planned, seconds=total, vectors=total), "letter.txt", "float32")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "20, 0 to 45" in said
+    assert "20 s, 0 s to 45 s" in said
 
 
 @pytest.mark.parametrize(

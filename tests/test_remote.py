@@ -286,6 +286,27 @@ def test_passages_that_share_a_vector_are_decoded_without_workers():
     assert decoded == mem.decode_passages(lm) == decode_passages(lm, mem)
 
 
+def test_workers_are_forced_as_the_caller_is(monkeypatch):
+    """Vectors of other weights: each worker decodes them as one process does."""
+    lm, forced, plain = reader("words"), [], MemVectors.decode_passages
+
+    def noted(mem, lm, force=False):
+        forced.append(force)
+        return plain(mem, lm, force=force)
+
+    recipe = Recipe(steps=0, if_not_exact="stop")
+    mem = codec.cram(lm, ["the cat sat on the mat " * 7], tokens=1, recipe=recipe)
+    monkeypatch.setattr(MemVectors, "decode_passages", noted)
+    healthy = Actor(99, "done")
+    workers = pool(healthy, healthy, spare=lambda: healthy)
+    workers.gpu = False
+    for force in (False, True):
+        forced.clear()
+        assert decode_passages(lm, mem, workers, force=force) == plain(mem, lm)
+        assert forced == [force] * -(-len(mem.passages) // 32)
+    assert len(forced) == 2
+
+
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
 def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end: str) -> None:
     """A document's passages over two workers, one of which may die; halves come in between."""
