@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from copy import copy
 from dataclasses import replace
@@ -29,6 +30,7 @@ from memvec.storage import storage_of
 from properties import moves, paths
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
+ONE_IN_CHECK = [pytest.param(r, marks=[pytest.mark.slow] * (r != "vectors")) for r in START_RULES]
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
 
 
@@ -50,21 +52,20 @@ def test_a_passages_vectors_do_not_depend_on_its_neighbours(family, fixed, vecto
     In another slot it is equal up to rounding, which may differ from row to row of a product.
     """
     lm, recipe = tiny(family), replace(ENDLESS, schedule=schedule, steps=6, lr=0.01, lr_large=0.0)
-    me, a, b, c = passages(6, 6, 6, 6, seed=4)
+    a, b, c, d = passages(6, 6, 6, 6, seed=4)
     options = {"vectors": vectors, "batch_size": 3, "fixed_shapes": fixed}
+    found, others, moved = (
+        paths(Engine(lm, recipe, **options), in_slots)
+        for in_slots in ((a, b, c), (a, c, d), (d, b, a))
+    )
+    assert all(moves(path) for path in found.values())
+    assert torch.equal(found[a], others[a])
+    assert torch.equal(found[b], moved[b])
+    for here, elsewhere in ((found[a], moved[a]), (found[c], others[c]), (others[d], moved[d])):
+        torch.testing.assert_close(elsewhere, here, rtol=0, atol=1e-4)
 
-    def path(*in_slots):
-        return paths(Engine(lm, recipe, **options), in_slots)[me]
 
-    found = path(me, a, b)
-    assert moves(found)
-    assert torch.equal(found, path(me, b, c))
-    assert torch.equal(path(b, me, a), path(c, me, b))
-    for elsewhere in (path(b, me, a), path(c, a, me)):
-        torch.testing.assert_close(elsewhere, found, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("rule", ONE_IN_CHECK)
 def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
     lm, recipe = tiny(), replace(ENDLESS, start_rule=rule)
     long, me, a, b = passages(9, 5, 3, 4, seed=5)
@@ -78,19 +79,20 @@ def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
-@pytest.mark.parametrize("batch_size", [2, 4])
-def test_refilled_slots_give_what_each_passage_gets_alone(family, batch_size):
+def test_refilled_slots_give_what_each_passage_gets_alone(family):
     lm, recipe = tiny(family), replace(ENDLESS, lr=0.01, lr_large=0.0)
     asked = passages(7, 3, 5, 2, 4, seed=6)
-    together = paths(Engine(lm, recipe, batch_size=batch_size), asked)
-    assert len(together) == len(asked)
+    of_two, of_four = (paths(Engine(lm, recipe, batch_size=size), asked) for size in (2, 4))
+    assert len(of_two) == len(of_four) == len(asked)
     for passage in asked:
         alone = paths(Engine(lm, recipe), [passage])[passage]
         assert moves(alone)
         assert len(alone) == recipe.steps + 1  # the last one only measures
-        torch.testing.assert_close(together[passage], alone, rtol=0, atol=1e-4)
+        for together in (of_two, of_four):
+            torch.testing.assert_close(together[passage], alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_refilled_slots_end_exact_whatever_the_lengths():
     """Short newcomers take the slots that long passages leave, and the other way round."""
     lm, asked = tiny(), passages(2, 5, 3, 2, 4, 2, 3, 5, seed=7)
@@ -123,15 +125,21 @@ def test_passages_pushed_between_outcomes_are_crammed_too():
     assert set(seen) == {long, *halves}
 
 
+@functools.cache
+def given_back() -> tuple[torch.Tensor, list[int]]:
+    """Vectors of tiny Llama's and the 90 tokens that they give back."""
+    first = torch.full((1, 1, tiny().width), 0.5)
+    (own,) = decode_ids(tiny(), first, [90])
+    return first, own
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}, {"poll": 8}])
 @pytest.mark.parametrize("schedule", ["growing", "whole", "geometric"])
 def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
     """Of 40 tokens that the first vectors give back, as many come as the passage has room for
     alone: beside one that is at its 70th token, too, in fixed shapes, and between rare looks."""
-    lm = copy(tiny())
-    first = torch.full((1, 1, lm.width), 0.5)
-    (own,) = decode_ids(lm, first, [90])
+    lm, (first, own) = tiny(), given_back()
     passage = Passage(tuple(own[:40]), 0)
     other = Passage(tuple(own[:80]) + tuple((t + 5) % lm.vocab_size for t in own[80:]), 1)
     recipe = replace(QUICK, margin=0.0, schedule=schedule, look_ahead=8, lr_large=0.0)
@@ -186,7 +194,10 @@ def test_the_least_bits_of_a_passage_are_its_own_where_padding_is_masked():
     assert all(map(math.isfinite, both.values()))
 
 
-@pytest.mark.parametrize("objective", ["cross-entropy", "deficit", "margin"])
+@pytest.mark.parametrize(
+    "objective",
+    [*(pytest.param(o, marks=pytest.mark.slow) for o in ("cross-entropy", "deficit")), "margin"],
+)
 def test_a_passage_that_a_model_never_writes_fails_and_its_padding_does_not(objective):
     """A weight by the margin is infinite or no number there, and moved vectors to no number."""
     lm = copy(tiny())
@@ -220,9 +231,7 @@ def test_looking_less_often_changes_nothing(poll):
 def test_between_two_looks_a_passage_has_the_columns_that_it_has_alone(look_ahead, poll, shapes):
     """Of 90 tokens that the first vectors give back, as many are found in each step, although the
     neighbour, which is at its 80th token, has room for more."""
-    lm = copy(tiny())
-    first = torch.full((1, 1, lm.width), 0.5)
-    (own,) = decode_ids(lm, first, [90])
+    lm, (first, own) = tiny(), given_back()
     passage, other = Passage(tuple(own), 0), Passage((*own[:-1], (own[-1] + 5) % V), 1)
     recipe = replace(QUICK, margin=0.0, look_ahead=look_ahead, lr=1e-6, lr_large=0.0)
     alone, beside = [], []
@@ -268,7 +277,9 @@ def test_a_fixed_shape_stays_fixed(monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("length", "steps"), [(3, 600), (12, 40)])
+@pytest.mark.parametrize(
+    ("length", "steps"), [(3, 600), pytest.param(12, 40, marks=pytest.mark.slow)]
+)
 def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, storage, schedule):
     """The kept vectors are those of the first best measurement, to the bit, not one step later."""
     lm, (passage,) = tiny(), passages(length, seed=10)
@@ -336,13 +347,13 @@ def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
 def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, given):
     """Forward-backward tokens: what counts, and what stands before it besides the last vector."""
     lm, (short, long) = tiny(), passages(6, 20, seed=12)
-    recipe = Recipe(steps=30, schedule="whole", margin=1e3, start_rule=rule)
+    recipe = Recipe(steps=7, schedule="whole", margin=1e3, start_rule=rule)
     for outcome in Engine(lm, recipe, vectors=2, batch_size=2).run([short, long]):
         predicted = len(outcome.passage) - (rule == "first-token")
-        assert outcome.spent == 30 * (predicted + 1 + given)
+        assert outcome.spent == 7 * (predicted + 1 + given)
     growing = replace(recipe, schedule="growing", lr=1e-9, narrow_after=0)
     (outcome,) = Engine(lm, growing, vectors=2, batch_size=2).run([long])
-    assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
+    assert outcome.spent == 7 * (2 * growing.look_ahead + 1 + given)
 
 
 class Guess(OnePassEncoder):
@@ -442,29 +453,33 @@ def test_no_steps_at_all_measures_the_start(large):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("slot", "poison"), [(0, float("nan")), (2, float("inf"))])
 @pytest.mark.parametrize("family", FEW)
-def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poison, slot):
+def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family):
     lm, asked, start = tiny(family), passages(5, 5, 5, seed=14), start_vectors
     recipe = replace(ENDLESS, lr=0.01, lr_large=0.0)
-    sound = paths(Engine(lm, recipe, batch_size=3), asked)
+    sound, poisons = paths(Engine(lm, recipe, batch_size=3), asked), {}
 
     def poisoned(lm, everyone, K, recipe, **options):
         vectors = start(lm, everyone, K, recipe, **options)
-        return [
-            v * poison if ids == asked[slot].ids else v
-            for ids, v in zip(everyone, vectors, strict=True)
-        ]
+        return [v * poisons.get(ids, 1.0) for ids, v in zip(everyone, vectors, strict=True)]
 
     monkeypatch.setattr(engine_module.starts, "start_vectors", poisoned)
-    found = crammed(lm, asked, recipe, batch_size=3)
-    sick = found.pop(asked[slot].ids)
-    assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)
-    assert {(o.status, o.steps) for o in found.values()} == {("budget", recipe.steps)}
-    beside = paths(Engine(lm, recipe, batch_size=3), asked)
-    for passage in {o.passage for o in found.values()}:
-        assert moves(beside[passage])
-        torch.testing.assert_close(beside[passage], sound[passage], rtol=0, atol=1e-4)
+    for slot, poison in ((0, float("nan")), (2, float("inf"))):
+        poisons.clear()
+        poisons[asked[slot].ids] = poison
+        engine, found = Engine(lm, recipe, batch_size=3), {}
+        run = engine.run
+        engine.run = lambda asked, run=run, found=found: (
+            found.setdefault(outcome.passage, outcome) for outcome in run(asked)
+        )
+        beside = paths(engine, asked)
+        sick = found.pop(asked[slot])
+        assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)
+        assert {(o.status, o.steps) for o in found.values()} == {("budget", recipe.steps)}
+        assert len(found) == 2
+        for passage in found:
+            assert moves(beside[passage])
+            torch.testing.assert_close(beside[passage], sound[passage], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -565,6 +580,7 @@ def test_the_tokens_of_an_engine_are_those_of_its_passages():
     assert engine.tokens == seen[-1].tokens == sum(spent) + 2 * each
 
 
+@pytest.mark.slow
 def test_waiting_passages_hold_no_tensors():
     lm, engine = tiny(), None
     rows = []
@@ -604,7 +620,7 @@ def test_settings_that_cannot_work(options, recipe, word):
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("vectors", [1, 4])
+@pytest.mark.parametrize("vectors", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_passage_may_fill_the_context_and_no_more(rule, vectors):
     lm, recipe = tiny("gpt2"), Recipe(steps=1, start_rule=rule)
     engine = Engine(lm, recipe, vectors=vectors)
