@@ -159,6 +159,7 @@ def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
     assert left_out(lm, 1, 4, 1e30) is None
 
 
+@pytest.mark.slow
 def test_a_row_of_the_gpu_benchmark_has_replayed_steps_beside_the_others(monkeypatch):
     """On a CPU, through the recorder: times mean nothing here, only that both are measured."""
     from gpu import captured, cell
@@ -425,11 +426,12 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
-def test_usable_vectors_are_measured_as_they_were_crammed(parts):
+def test_usable_vectors_are_measured_as_they_were_crammed(monkeypatch, parts):
     """After their front and their trigger, those of several passages one after the other: KL by
     the slow path, which knows neither engine."""
     from types import SimpleNamespace
 
+    import usable
     from memvec.lab import slow_use
     from memvec.passages.passage import Passage
     from usable import CONTINUATION, crammed, setting
@@ -439,11 +441,19 @@ def test_usable_vectors_are_measured_as_they_were_crammed(parts):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, lm.vocab_size, (2, whole + CONTINUATION), generator=generator).tolist()
     texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
-    recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
+    recipe = Recipe.of("usable", settle=10, decay=10, query_tokens=4, query_count=2)
     options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=parts, keep=None, encoder=None)
+    by_recipe = {}
+
+    def watched(lm, passages, recipe, *sizes):
+        by_recipe[recipe] = crammed(lm, passages, recipe, *sizes)
+        return by_recipe[recipe]
+
+    monkeypatch.setattr(usable, "crammed", watched)
     rows, result = setting(lm, texts, T, 2, options)
     cut = [text.ids[at : at + T] for text in texts for at in range(0, whole, T)]
-    outcomes = crammed(lm, [Passage(ids, i) for i, ids in enumerate(cut)], recipe, 2, 2)
+    outcomes = by_recipe[recipe]
+    assert [outcomes[i].passage.ids for i in range(len(outcomes))] == cut
     view, found, last = triggered(lm, recipe), [], []
     for i, text in enumerate(texts):
         before = slow_use.context_ids(lm, text.ids[:whole], 2)["text"]
@@ -482,6 +492,7 @@ def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch)
         usable.setting(lm, texts, 4, 2, options)
 
 
+@pytest.mark.slow
 def test_passages_of_the_prose_are_apart_while_they_fit(capsys):
     """Only those that collide are drawn again; where they do not fit, their number is said."""
     import random
