@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import functools
 import json
 import sys
 import traceback
@@ -115,13 +116,24 @@ class Pretended(torch.Tensor):
 
 
 def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """The value with `change` of every tensor in its tuples, lists and dictionaries."""
+    """The value with `change` of every tensor in its tuples and lists."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, tuple | list):
         return type(value)(mapped(change, part) for part in value)
-    if isinstance(value, dict):
-        return {name: mapped(change, part) for name, part in value.items()}
+    return value
+
+
+def opened(value: Any, leaves: list[torch.Tensor]) -> Any:
+    """The value with the numbers in the place of pretended tensors; `leaves` gets all tensors."""
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return value.raw if isinstance(value, Pretended) else value
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([opened(part, leaves) for part in value])
+    if kind is dict:
+        return {name: opened(part, leaves) for name, part in value.items()}
     return value
 
 
@@ -134,49 +146,57 @@ def numbered(device: Any) -> torch.device:
     return torch.device("gpu", device.index or 0) if device.type == "gpu" else device
 
 
+@functools.cache
+def traits(func: Any) -> tuple[bool, bool, bool, bool]:
+    """Whether it copies between devices, makes a GPU wait, takes indices, and returns memory of an
+    argument (a view, or an argument that is written): one look instead of one in each set."""
+    shares = any(argument.alias_info is not None for argument in func._schema.arguments)
+    return func in COPYING, func in READING or func in UNFIT, func in INDEXING, shares
+
+
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute an operation on the CPU; raise where a GPU raises, and count where it waits."""
+    copies, waits, takes_indices, shares = traits(func)
     leaves: list[torch.Tensor] = []
-    mapped(leaves.append, (args, kwargs))
+    raw_args, raw_kwargs = opened(args, leaves), opened(kwargs, leaves)
     pretended = [t for t in leaves if isinstance(t, Pretended)]
     here = [t for t in leaves if not isinstance(t, Pretended) and t.dim() > 0]
     target = kwargs.get("device")
     target = numbered(target) if target is not None else None
-    raw_args, raw_kwargs = mapped(
-        lambda t: t.raw if isinstance(t, Pretended) else t, (args, kwargs)
-    )
     if target is not None and target.type == "gpu":
         raw_kwargs = raw_kwargs | {"device": torch.device("cpu")}
     if "pin_memory" in raw_kwargs:
         raw_kwargs = raw_kwargs | {"pin_memory": False}
     places = {t.place for t in pretended}
-    if func in COPYING:
+    if copies:
         source, goal = args[1 if func is aten.copy_.default else 0], target or place_of(args[0])
         if numbered(place_of(source)) != numbered(goal):
             wait(f"a copy between devices of {source.dtype}")
-    elif len(places) > 1 or (pretended and here and func not in INDEXING):
+    elif len(places) > 1 or (pretended and here and not takes_indices):
         raise RuntimeError(
             f"Expected all tensors to be on the same device: {func} of {places} "
             f"and {len(here)} tensors on the CPU"
         )
     elif pretended and here:
         wait("an index from the CPU")
-    if pretended and (func in READING or func in UNFIT):
+    if pretended and waits:
         wait(func.__name__)
     if (
         pretended
-        and func in INDEXING
+        and takes_indices
         and any(index is not None and index.dtype == torch.bool for index in args[1])
     ):
         wait("an index of truth values")
     out = func(*raw_args, **raw_kwargs)
     place = target or (next(iter(places)) if places else torch.device("cpu"))
-    if func in COPYING and target is None:
+    if copies and target is None:
         place = place_of(args[0])
     if place.type != "gpu":
         return out
     out = mapped(lambda t: Pretended(t, place), out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if pretended else out
+    if not pretended or not shares:
+        return out
+    return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 class Mode(TorchDispatchMode):
