@@ -39,6 +39,7 @@ from memvec.usable.certificate import _following, certify_use, exact_only_vector
 from memvec.usable.contexts import FULL, NONE, VECTORS, Figures
 from memvec.usable.queries import continuations
 from memvec.vectors import MemVectors
+from properties import moves, paths
 
 USABLE = Recipe.of(
     "usable", settle=30, decay=30, steps=400, query_count=3, query_tokens=5, compute="model"
@@ -208,17 +209,18 @@ def test_a_passage_does_not_feel_its_neighbours(family, every):
     lm, recipe = triggered(family)
     recipe = replace(recipe, objective_every=every)
     # Of one length, and done together: the shape and the slots stay the same.
-    asked, others = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
+    (a, b, c), (d, e, f) = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
     recipe = replace(recipe, settle=30, decay=30, steps=30, if_not_exact="stop")
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
-    together = {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
-    for i, passage in enumerate(asked):
-        beside = [passage if j == i else other for j, other in enumerate(others)]
-        found = {o.passage.ids: o for o in Engine(lm, recipe, **options).run(beside)}
-        assert torch.equal(found[passage.ids].vectors, together[passage.ids].vectors)
-        assert found[passage.ids].steps == together[passage.ids].steps == 30
-    (alone,) = Engine(lm, recipe, **options).run(asked[:1])
-    assert torch.equal(alone.vectors, together[asked[0].ids].vectors)
+    first, second, third, alone = (
+        paths(Engine(lm, recipe, **options), in_slots)
+        for in_slots in ((a, b, c), (a, e, f), (d, b, f), (a,))
+    )
+    assert all(len(path) == 31 and moves(path) for path in first.values())
+    assert torch.equal(first[a], second[a])
+    assert torch.equal(first[b], third[b])
+    assert torch.equal(second[f], third[f])
+    assert torch.equal(first[a], alone[a])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -996,6 +998,7 @@ def test_a_draw_is_that_of_torch():
         assert torch.equal(drawn.of(shares), expected)
 
 
+@pytest.mark.slow
 def test_a_draw_from_a_large_vocabulary_follows_the_shares():
     """As numpy's search in the summed shares; rows get the same numbers whatever part is drawn."""
     V = queries.LARGE_VOCABULARY
