@@ -51,14 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test over all families, `make check` runs a few that differ most.
 
-    It leaves out tests of a whole study, too, which has to be run first (fixtures of their files).
+    Outside of the tests of families these are an attention model and a recurrent one. It leaves out
+    tests of a whole study, too, which has to be run first (fixtures of their files).
     """
     for item in items:
         if {"study", "done", "killed"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         parameters = getattr(item, "callspec", None)
         family = parameters.params.get("family") if parameters is not None else None
-        if family in FAMILIES | ALSO and family not in IN_EVERY_CHECK:
+        few = IN_EVERY_CHECK if item.path.name == "test_families.py" else IN_OTHER_FILES
+        if family in FAMILIES | ALSO and family not in few:
             item.add_marker(pytest.mark.slow)
 
 
@@ -193,6 +195,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 IN_EVERY_CHECK = {"llama", "gpt2", "mamba", "gemma3"}
+IN_OTHER_FILES = {"llama", "mamba"}
 
 LINEAR = GROUPED | {
     "num_experts": 4,

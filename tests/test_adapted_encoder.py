@@ -151,6 +151,7 @@ def test_a_model_in_another_dtype_reads_with_it(tmp_path):
 # ---------------------------------------------------------------------- what takes it
 
 
+@pytest.mark.slow
 def test_a_folder_may_have_both_and_the_own_one_stays_a_beginning(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
@@ -240,7 +241,7 @@ def test_the_target_follows_the_length_of_a_step_in_units_of_the_target():
     assert len(set(seen[::2])) > 1
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
     lm = with_summary(tiny()) if own else tiny()
     partial = tmp_path / "e.partial"

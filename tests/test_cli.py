@@ -175,6 +175,7 @@ def test_standard_input(command, folder, letter, monkeypatch):
     assert command("decode", "stdin.mem").out == TEXT.encode()
 
 
+@pytest.mark.slow
 def test_another_encoding(command, folder, letter):
     letter.write_bytes("né\n".encode("latin-1"))
     assert "--encoding latin-1" in command("cram", letter, "-m", folder, *FAST).sentence
@@ -182,6 +183,7 @@ def test_another_encoding(command, folder, letter):
     assert command("decode", "letter.mem").out == b"n\xe9\n"
 
 
+@pytest.mark.slow
 def test_a_name_with_markup_is_a_name(command, folder, letter):
     """Square brackets are markup to rich, and quite usual in file names."""
     folder_of_it = letter.with_name("a[")
@@ -392,6 +394,7 @@ def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, wor
     assert {p.name: p.read_bytes() for p in here.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_terminal_without_utf8_shows_codes(command, letter, monkeypatch, folder):
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     (letter.parent / "café.txt").write_text(letter.read_text("utf-8"), "utf-8")
@@ -406,6 +409,7 @@ def test_a_closed_standard_input_is_a_sentence(command, folder, letter, monkeypa
     assert "standard input is closed" in command("cram", "-", "-m", folder).sentence
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
     name = os.fsdecode(b"letter-\xff.txt")
     Path(name).write_bytes(TEXT.encode())
@@ -463,6 +467,7 @@ def test_a_setting_of_sampling_samples(given, samples):
     assert generation_settings(5, *given)["do_sample"] is samples
 
 
+@pytest.mark.slow
 def test_a_file_that_appears_meanwhile_is_not_overwritten(command, folder, letter, monkeypatch):
     honest, target = codec.cram, letter.with_name("letter.mem.safetensors")
 
@@ -598,7 +603,8 @@ def test_help_lists_what_can_be_chosen(command, monkeypatch):
     assert set(Storage) == set(STORAGES)
 
 
-@pytest.mark.parametrize("verb", ["cram", pytest.param("plan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["cram", "plan"])
 def test_the_old_name_of_the_batch_size_works_with_a_warning(command, folder, letter, verb):
     warning = "memvec: --seats is now --batch-size; the old name goes away in the next release.\n"
     words = [verb, letter, "-m", folder, *FAST[:4], "--set", "steps=600"]

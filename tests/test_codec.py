@@ -283,11 +283,11 @@ def products_in_bfloat16() -> Iterator[None]:
 @pytest.mark.parametrize(
     "settings",
     [
-        numbers_in_float64,
-        products_in_bfloat16,
+        pytest.param(numbers_in_float64, marks=pytest.mark.slow),
+        pytest.param(products_in_bfloat16, marks=pytest.mark.slow),
         torch.inference_mode,
-        lambda: torch.device("meta"),
-        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.param(lambda: torch.device("meta"), marks=pytest.mark.slow),
+        pytest.param(lambda: torch.autocast("cpu", dtype=torch.bfloat16), marks=pytest.mark.slow),
     ],
 )
 def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
@@ -780,6 +780,7 @@ def test_one_wrong_passage_makes_the_whole_not_exact():
     assert (certificate["exact"], certificate["exact_passages"]) == (False, len(vectors) - 1)
 
 
+@pytest.mark.slow
 def test_the_account_compares_with_compressors():
     lm = reader()
     mem = codec.cram(lm, [TEXT], **OPTIONS)
@@ -809,6 +810,7 @@ def test_nothing_is_certified_where_nothing_is_finished():
     assert list(certify_module.certify(tiny(), [], "vectors", storage_of("float32"))) == []
 
 
+@pytest.mark.slow
 def test_a_text_alone_is_one_text():
     lm = reader()
     assert decode(lm, cram(lm, "abc", recipe=QUICK, vectors=2)) == ["abc"]

@@ -148,6 +148,7 @@ def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
         assert training.target == target
 
 
+@pytest.mark.slow
 def test_the_shortest_text_is_trained_on_to_the_end():
     lm = tiny()
     plan = AdaptedPlan(steps=2, rank=2, longest=100, shortest=2, slots=1, positions=64, warmup=0)

@@ -97,7 +97,9 @@ def test_generate_gives_the_passages_back(family, tmp_path):
     assert found == hashes(mem)
 
 
-@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=[pytest.mark.slow] * (r == "bos")) for r in START_RULES]
+)
 @pytest.mark.parametrize("target", names())
 def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
     """Given tokens travel with the vectors, and are not asked for again."""

@@ -555,6 +555,7 @@ def test_a_cap_of_the_text_model_inside_a_larger_one_is_found():
     assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 3
 
 
+@pytest.mark.slow
 def test_measured_facts_that_are_none_are_told(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     for text, reason in (

@@ -206,6 +206,7 @@ def test_the_command_crams_and_decodes(command, folder, tmp_path):
     assert "without a cache: one forward pass gives all tokens" in shown
 
 
+@pytest.mark.slow
 def test_lengths_come_from_what_one_step_holds(monkeypatch):
     """Bits measured for vectors in front of a passage say nothing about these two."""
     lm = reader()

@@ -433,6 +433,7 @@ def test_damaged_files_are_refused(tmp_path):
 # ---------------------------------------------------------------------- measures
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_decodes():
     lm = with_encoder(tiny(), encoder_of(tiny()))
     ids = stream(lm, 18, seed=3).view(2, 9)

@@ -326,7 +326,14 @@ def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end
     assert sorted(seen) == sorted(whole + halves)
 
 
-@pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
+@pytest.mark.parametrize(
+    ("rows", "end"),
+    [
+        pytest.param(99, "done", marks=pytest.mark.slow),
+        pytest.param(0, "silence", marks=pytest.mark.slow),
+        (1, "error"),
+    ],
+)
 def test_workers_decode_what_one_process_decodes(
     rows: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

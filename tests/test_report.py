@@ -145,6 +145,7 @@ def tables_of(folder: Path) -> dict[str, Table]:
         return {t.key: t for t in all_tables(read_data(store), compare=False)}
 
 
+@pytest.mark.slow
 def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) -> None:
     for steps, passages in ((1, 3), (4, 3), (4, 2)):
         text = HEAD + ONE_CELL.replace("= 3", f"= {passages}") + f"recipe = {{ steps = {steps} }}"
@@ -164,6 +165,7 @@ def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) ->
     assert planned == [True, True, False, False, False, False]  # none was thrown away
 
 
+@pytest.mark.slow
 def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
     one = ONE_CELL + "recipe = { steps = 1 }"
     text = HEAD + one + one.replace("1", "4") + one.replace('exact"', 'paper"')
@@ -512,7 +514,14 @@ def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
     assert (above in " ".join(said.split())) == (terminal == 40)
 
 
-@pytest.mark.parametrize(("series", "name"), [(2, "words"), (6, "words"), (2, "w" * 40), (14, "x")])
+@pytest.mark.parametrize(
+    ("series", "name"),
+    [
+        *(pytest.param(n, "words", marks=pytest.mark.slow) for n in (2, 6)),
+        pytest.param(2, "w" * 40, marks=pytest.mark.slow),
+        (14, "x"),
+    ],
+)
 def test_a_legend_with_many_or_long_names_stands_below_the_panels(series, name):
     """Otherwise it would cover the curves, and panels would have no width (matplotlib warns)."""
     names = [f"{name} {i}" for i in range(series)]

@@ -422,6 +422,7 @@ def test_what_cannot_be_trained_is_one_sentence():
 # ---------------------------------------------------------------------- what is measured
 
 
+@pytest.mark.slow
 def test_every_way_is_the_frozen_models_own_probability():
     lm, model = with_encoder(reader()), untrained(reader(), window=9)
     before = [s.ids for s in cut_sentences(lm, TEXT, LIMIT)[:3]]
@@ -628,6 +629,7 @@ def test_a_changed_result_is_found(study):
             )
 
 
+@pytest.mark.slow
 def test_sentences_are_drawn_once_and_alike(home):
     lm = load_lm(str(home / "tiny"))
     source = Sentences(path="text.txt", before=2)
@@ -748,6 +750,7 @@ def test_the_commands_train_and_show(home, tmp_path, command):
     assert (ran.code, "another memvec is writing c: wait for it" in ran.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_inspector_says_what_decoding_says():
     lm = with_encoder(reader())
     model = untrained(lm)

@@ -330,6 +330,7 @@ def test_keys_and_values_cost_no_input():
     assert outcome.spent == 4 * 5  # BOS and four tokens predict five
 
 
+@pytest.mark.slow
 def test_a_bfloat16_copy_computes_the_steps():
     recipe = replace(SPACES["prefix"], compute="bfloat16")
     assert all(o.exact for o in Engine(tiny(), recipe, vectors=2, batch_size=3).run(ASKED))

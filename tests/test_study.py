@@ -261,8 +261,8 @@ def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path
     [
         ("", False),
         ("recipe = { start = 'noise' }", True),
-        ("recipe = { coordinates = 'low-dim' }", True),
-        ("recipe = { preset = 'usable' }", True),
+        pytest.param("recipe = { coordinates = 'low-dim' }", True, marks=pytest.mark.slow),
+        pytest.param("recipe = { preset = 'usable' }", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_seed_that_changes_nothing_is_refused(recipe: str, differs: bool) -> None:

@@ -200,6 +200,7 @@ def test_without_a_front_nothing_is_kept(monkeypatch):
         keys_values.KeysValues(lm, {})
 
 
+@pytest.mark.slow
 def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatch):
     """Each pass counts the front's inputs less, and does the same."""
     lm = reader("words")
@@ -405,6 +406,7 @@ def test_the_built_in_models_own_trigger_is_of_its_weights():
     assert torch.equal(triggered(lm, Recipe.of("usable")).soft, lm.own_trigger.table)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_does_without_its_folders_trigger():
     pytest.importorskip("torchao")
     lm = load_lm("pocket", quantize="8bit")
