@@ -62,18 +62,24 @@ def _shown(title: str) -> Iterator[Callable[[CramStatus], None]]:
     if not err.is_terminal:
         yield _plain_lines(title)
         return
-    columns = (
+    with _bars() as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda status: bars.update(
+            task, description=_cram_line(status), completed=status.done, total=status.tokens
+        )
+
+
+def _bars() -> Progress:
+    """Bars with their share in percent, the time so far and the time left."""
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=err,
+        transient=True,
     )
-    with Progress(*columns, console=err, transient=True) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda status: bars.update(
-            task, description=_cram_line(status), completed=status.done, total=status.tokens
-        )
 
 
 def _plain_lines(title: str) -> Callable[[CramStatus], None]:
@@ -113,14 +119,7 @@ def _cram_line(status: CramStatus) -> str:
 def decoding_progress(title: str) -> Iterator[Callable[[float], None]]:
     """Yields a function that shows the share of the passages that is decoded."""
     if err.is_terminal:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=err, transient=True) as bars:
+        with _bars() as bars:
             task = bars.add_task(f"{title}: decoding", total=1.0)
             yield lambda share: bars.update(task, completed=share)
         return
