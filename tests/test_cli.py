@@ -1,4 +1,4 @@
-"""The command: every verb, exit codes, one sentence for each kind of bad input."""
+"""The command line: its verbs, exit codes, interrupts, refusals of bad input, and progress."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FAST = ["--vectors", 2, "--tokens", 2, "--steps", 600]
 
 @pytest.fixture
 def letter(tmp_path, monkeypatch):
-    """A text file in a folder of its own, which is the current one."""
+    """A text file in a new folder, which is the current one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letter.txt").write_bytes(TEXT.encode())
     return tmp_path / "letter.txt"
@@ -58,7 +58,7 @@ def stored(folder, tmp_path_factory):
     return mem.save(tmp_path_factory.mktemp("stored") / "letter.mem.safetensors")
 
 
-def test_a_letter_there_and_back(command, folder, letter):
+def test_a_text_is_crammed_decoded_verified_and_inspected(command, folder, letter):
     ran = command("cram", letter, "-m", folder, *FAST)
     assert ran.code == 0
     assert b"exact" in ran.out
@@ -79,7 +79,7 @@ def test_a_letter_there_and_back(command, folder, letter):
 
 
 @pytest.mark.slow
-def test_json_for_machines(command, folder, letter):
+def test_commands_print_json(command, folder, letter):
     ran = command("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--json", "--keep-text")
     made = json.loads(ran.out)
     assert (ran.code, made["exact"], made["file"]) == (0, True, "a.mem")
@@ -96,7 +96,7 @@ def test_json_for_machines(command, folder, letter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["checkpointing", "offload=true", "device_map=cpu"])
-def test_loading_options_change_the_way_not_the_vectors(command, folder, letter, stored, option):
+def test_loading_options_do_not_change_the_vectors(command, folder, letter, stored, option):
     if option.startswith("device_map"):
         pytest.importorskip("accelerate")
     one = ["cram", letter, "-m", folder, *FAST, "-o", "big.mem", "--load", option]
@@ -108,13 +108,13 @@ def test_loading_options_change_the_way_not_the_vectors(command, folder, letter,
 
 
 @pytest.mark.parametrize("option", ["chekpointing", "device_map", "offload=perhaps", "quantize="])
-def test_unknown_loading_options_are_a_sentence(command, folder, letter, option):
+def test_wrong_loading_options_are_refused(command, folder, letter, option):
     ran = command("cram", letter, "-m", folder, "--load", option)
     assert ran.code == 2
     assert "--load" in ran.err
 
 
-def test_loading_options_are_what_they_say():
+def test_loading_options_are_parsed():
     assert loading_options(None) == {}
     given = ["checkpointing=false", "offload", "quantize=4bit", "device_map=auto"]
     expected = {"checkpointing": False, "offload": True, "quantize": "4bit", "device_map": "auto"}
@@ -134,8 +134,10 @@ def test_loading_options_are_what_they_say():
         ((None, None, "cpu", "float32", ["quantize=4bit"]), ("org/m", "r1", "float32", "4bit")),
     ],
 )
-def test_a_file_says_which_model_reads_it_and_how(monkeypatch, stored, tmp_path, choice, expected):
-    """What the command line leaves open; a revision is one of the model of the same name."""
+def test_a_file_is_read_with_the_model_it_names_unless_options_differ(
+    monkeypatch, stored, tmp_path, choice, expected
+):
+    """The file's revision counts only if its model is used; options override the file."""
     mem, asked = MemVectors.load(stored), []
     model = {"name": "org/m", "revision": "r1", "dtype": "bfloat16", "quantize": "8bit"}
     header = mem.header.model_copy(update={"model": mem.header.model | model})
@@ -152,7 +154,7 @@ def test_a_file_says_which_model_reads_it_and_how(monkeypatch, stored, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
-def test_other_storages_and_recipes(command, folder, letter, storage):
+def test_options_of_storage_and_recipe_are_in_the_file(command, folder, letter, storage):
     ran = command(
         *("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--storage", storage),
         *("--margin", 0.4, "--seed", 3, "--start", "embeddings", "--start-rule", "bos"),
@@ -169,14 +171,14 @@ def test_other_storages_and_recipes(command, folder, letter, storage):
     assert command("decode", "a.mem").out == TEXT.encode()
 
 
-def test_standard_input(command, folder, letter, monkeypatch):
+def test_a_text_from_standard_input_comes_back(command, folder, letter, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert command("cram", "-", "-m", folder, *FAST).code == 0
     assert command("decode", "stdin.mem").out == TEXT.encode()
 
 
 @pytest.mark.slow
-def test_another_encoding(command, folder, letter):
+def test_a_text_in_another_encoding_comes_back(command, folder, letter):
     letter.write_bytes("né\n".encode("latin-1"))
     assert "--encoding latin-1" in command("cram", letter, "-m", folder, *FAST).sentence
     assert command("cram", letter, "-m", folder, *FAST, "--encoding", "latin-1").code == 0
@@ -184,8 +186,8 @@ def test_another_encoding(command, folder, letter):
 
 
 @pytest.mark.slow
-def test_a_name_with_markup_is_a_name(command, folder, letter):
-    """Square brackets are markup to rich, and quite usual in file names."""
+def test_brackets_in_a_file_name_are_no_markup(command, folder, letter):
+    """rich reads square brackets as markup, but they occur in file names."""
     folder_of_it = letter.with_name("a[")
     folder_of_it.mkdir()
     name = folder_of_it / "b] [red]x.txt"
@@ -214,7 +216,7 @@ def test_inspect_shows_what_differs_from_the_default_recipe_and_how_weights_were
     ) in shown
 
 
-def test_not_exact_is_exit_code_3(command, folder, letter):
+def test_exit_code_3_if_a_passage_is_not_exact(command, folder, letter):
     ran = command("cram", letter, "-m", folder, "--tokens", 6, "--steps", 0)
     assert ran.code == 3
     assert "came back only up to token" in ran.err
@@ -228,7 +230,7 @@ def test_not_exact_is_exit_code_3(command, folder, letter):
     assert command("inspect", "letter.mem").code == 0
 
 
-def test_interrupted_is_exit_code_130_and_goes_on(command, folder, letter, monkeypatch):
+def test_an_interrupted_cram_exits_with_130_and_resumes(command, folder, letter, monkeypatch):
     put, finished = Journal.put, []
 
     def interrupt(self, outcome):
@@ -251,7 +253,7 @@ def test_interrupted_is_exit_code_130_and_goes_on(command, folder, letter, monke
     assert not list(letter.parent.glob("*.partial*"))
 
 
-def test_interrupted_before_anything_is_finished_leaves_nothing(
+def test_an_interrupt_before_the_first_finished_passage_leaves_no_file(
     command, folder, letter, monkeypatch
 ):
     monkeypatch.setattr(codec, "cram", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -274,7 +276,7 @@ def test_an_interrupt_while_the_command_line_is_imported_shows_no_traceback(monk
     assert end.value.code == 130
 
 
-def test_an_interrupted_verb_that_keeps_nothing_says_one_word(command, stored, monkeypatch):
+def test_an_interrupted_inspect_prints_one_line(command, stored, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -283,7 +285,7 @@ def test_an_interrupted_verb_that_keeps_nothing_says_one_word(command, stored, m
     assert (ran.code, ran.out, ran.err) == (130, b"", "memvec: interrupted.\n")
 
 
-def test_what_use_cannot_be_measured_of_is_told_before_decoding(command, stored, monkeypatch):
+def test_verify_use_refuses_exact_only_vectors_before_decoding(command, stored, monkeypatch):
     monkeypatch.setattr("memvec.vectors.MemVectors.decode_passages", None)
     ran = command("verify", stored, "--use")
     assert (ran.code, "cram the text with the preset 'usable'" in ran.sentence) == (2, True)
@@ -395,7 +397,7 @@ def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, wor
 
 
 @pytest.mark.slow
-def test_a_terminal_without_utf8_shows_codes(command, letter, monkeypatch, folder):
+def test_a_terminal_without_utf8_shows_escaped_characters(command, letter, monkeypatch, folder):
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     (letter.parent / "café.txt").write_text(letter.read_text("utf-8"), "utf-8")
     monkeypatch.setattr("sys.stdout", plain)
@@ -404,13 +406,13 @@ def test_a_terminal_without_utf8_shows_codes(command, letter, monkeypatch, folde
     assert rb"caf\xe9.mem" in plain.buffer.getvalue()
 
 
-def test_a_closed_standard_input_is_a_sentence(command, folder, letter, monkeypatch):
+def test_a_closed_standard_input_is_refused(command, folder, letter, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert "standard input is closed" in command("cram", "-", "-m", folder).sentence
 
 
 @pytest.mark.slow
-def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
+def test_a_text_whose_name_is_not_utf8_comes_back(command, folder, letter):
     name = os.fsdecode(b"letter-\xff.txt")
     Path(name).write_bytes(TEXT.encode())
     assert "name the file to write with -o" in command("cram", name, "-m", folder, *FAST).sentence
@@ -423,9 +425,7 @@ def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [("--margin", 0.9), ("--storage", "int8"), ("--one-step",)])
-def test_only_what_these_settings_finished_is_gone_on_with(
-    command, folder, letter, monkeypatch, changed
-):
+def test_a_cram_resumes_only_with_the_same_settings(command, folder, letter, monkeypatch, changed):
     put = Journal.put
 
     def interrupted(journal, outcome):
@@ -442,8 +442,8 @@ def test_only_what_these_settings_finished_is_gone_on_with(
     assert command("decode", "letter.mem").out == TEXT.encode()
 
 
-def test_a_file_of_questions_that_changed_is_another_setting(tmp_path):
-    """It decides the vectors: an interrupted run does not go on with others."""
+def test_the_settings_of_a_run_include_the_content_of_the_questions_file(tmp_path):
+    """The questions change the vectors, so an interrupted run must not resume with other ones."""
     questions, lm = tmp_path / "questions.txt", reader()
     recipe = Recipe(term="use", queries=str(questions), start_rule="bos")
     sizes = {"vectors": 2, "layout": "prefix", "storage": "float32"}
@@ -463,12 +463,14 @@ def test_a_file_of_questions_that_changed_is_another_setting(tmp_path):
         ((False, None, 0.9), True),
     ],
 )
-def test_a_setting_of_sampling_samples(given, samples):
+def test_a_temperature_or_top_p_turns_sampling_on(given, samples):
     assert generation_settings(5, *given)["do_sample"] is samples
 
 
 @pytest.mark.slow
-def test_a_file_that_appears_meanwhile_is_not_overwritten(command, folder, letter, monkeypatch):
+def test_a_file_that_appears_while_cramming_is_not_overwritten(
+    command, folder, letter, monkeypatch
+):
     honest, target = codec.cram, letter.with_name("letter.mem.safetensors")
 
     def slow(*arguments, **options):
@@ -487,7 +489,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(command, folder, lette
     assert "Going on: " in ran.err
 
 
-def test_tokens_that_are_right_and_bytes_that_are_not_are_no_success(command, stored, tmp_path):
+def test_right_tokens_with_wrong_bytes_exit_with_3(command, stored, tmp_path):
     mem = MemVectors.load(stored)
     (document,) = mem.header.documents
     header = mem.header.model_copy(
@@ -500,12 +502,14 @@ def test_tokens_that_are_right_and_bytes_that_are_not_are_no_success(command, st
         assert "came back but its bytes did not" in ran.sentence
 
 
-def test_as_a_module_of_python():
+def test_python_runs_memvec_as_a_module():
     ran = subprocess.run([sys.executable, "-m", "memvec", "--version"], capture_output=True)
     assert (ran.returncode, ran.stdout.decode().split()[-1]) == (0, memvec.__version__)
 
 
-def test_vectors_of_another_model(command, folder, letter, stored, tmp_path):
+def test_vectors_of_another_model_are_refused_and_not_decoded_by_force(
+    command, folder, letter, stored, tmp_path
+):
     other = tmp_path / "other"
     lm = reader(seed=1)
     lm.model.save_pretrained(other)
@@ -534,7 +538,7 @@ def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys):
         assert capsys.readouterr().err == said
 
 
-def test_a_full_disk_keeps_what_is_finished(command, folder, letter, monkeypatch):
+def test_finished_passages_are_kept_if_the_disk_is_full(command, folder, letter, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -548,7 +552,7 @@ def test_a_full_disk_keeps_what_is_finished(command, folder, letter, monkeypatch
     assert "finished by an earlier run" in ran.err
 
 
-def test_a_folder_that_cannot_be_written(command, folder, letter, monkeypatch):
+def test_an_output_folder_without_write_permission_is_refused(command, folder, letter, monkeypatch):
     monkeypatch.setattr(
         "pathlib.Path.touch", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Not allowed"))
     )
@@ -558,7 +562,7 @@ def test_a_folder_that_cannot_be_written(command, folder, letter, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_at_once(command, folder, letter):
+def test_a_second_cram_into_the_same_file_is_refused(command, folder, letter):
     busy = Journal(letter.with_name("letter.mem.safetensors.partial"), {})
     ran = command("cram", letter, "-m", folder, *FAST)
     assert ran.code == 2
@@ -566,13 +570,13 @@ def test_two_at_once(command, folder, letter):
     busy.close()
 
 
-def test_doctor_of_no_model(command, tmp_path):
+def test_doctor_refuses_a_folder_without_a_model(command, tmp_path):
     ran = command("doctor", "-m", tmp_path)
     assert ran.code == 2
     assert b"cannot be crammed here" in ran.out
 
 
-def test_version_and_help(command):
+def test_the_version_is_printed_and_an_unknown_verb_refused(command):
     assert command("--version").out.decode() == f"memvec {memvec.__version__}\n"
     assert command("crma").code == 2
 
@@ -594,7 +598,7 @@ def test_the_help_of_every_verb_ends_with_examples(command, verb):
     assert "--seats" not in before
 
 
-def test_help_lists_what_can_be_chosen(command, monkeypatch):
+def test_help_lists_presets_storages_and_export_targets(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     presets = registry.names("preset")
     for verb, names in (("cram", presets), ("cram", STORAGES), ("export", target_names())):
@@ -632,7 +636,7 @@ print("HEAVY", [name for name in ("torch", "transformers", "numpy") if name in s
 """
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_torch_transformers_or_numpy():
     ran = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True)
     assert ran.returncode == 0
     assert ran.stdout.splitlines()[-1] == "HEAVY []"
@@ -661,8 +665,8 @@ for words in json.loads(sys.argv[2]):
 
 
 @pytest.mark.slow
-def test_a_bare_install_has_all_it_needs(folder, letter):
-    """Every verb but `study`, with the packages of all extras out of sight."""
+def test_an_install_without_extras_runs_every_verb_but_study(folder, letter):
+    """The packages of all extras cannot be imported; `study` names the extra that it needs."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     absent = {re.match(r"[\w-]+", name)[0] for names in extras for name in names} - {"memvec"}
@@ -688,8 +692,8 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_is_no_error(folder, stored):
-    """`memvec decode x | head -c 0`."""
+def test_a_closed_pipe_after_decode_shows_no_traceback(folder, stored):
+    """As in `memvec decode x | head -c 0`."""
     decoding = subprocess.Popen(
         [sys.executable, "-m", "memvec.cli", "decode", stored],
         stdout=subprocess.PIPE,
@@ -703,7 +707,7 @@ def test_a_reader_that_goes_away_is_no_error(folder, stored):
     assert "Exception" not in complaints
 
 
-def test_the_catalogue_is_what_it_says():
+def test_every_public_name_can_be_imported():
     assert set(memvec.__all__) <= set(dir(memvec))
     for name in memvec.__all__:
         assert getattr(memvec, name).__name__ == name
@@ -724,7 +728,7 @@ BUSY = CramStatus(
 )
 
 
-def test_what_is_expected_is_the_time_of_ten_steps_of_every_passage():
+def test_the_expected_time_is_ten_steps_of_every_passage():
     """A step of all slots takes 3 s, and the slots are filled four times: 10 x 3 x 4 s."""
     said = sentence(replace(TWO, step=3.0, fills=4.0))
     assert said.startswith(sentence(TWO))
@@ -734,8 +738,8 @@ def test_what_is_expected_is_the_time_of_ten_steps_of_every_passage():
 
 
 @pytest.mark.parametrize(("unit", "name"), [(2.0**30, "GiB"), (2.0**20, "MiB")])
-def test_the_parts_of_memory_are_its_sum(unit, name):
-    """The last part is the larger one of logits and gradients, and the state of the slots."""
+def test_the_printed_parts_of_memory_add_up_to_its_total(unit, name):
+    """The rest is the larger one of logits and gradients, plus the state of the slots."""
     total = Estimate(512 * unit, 128 * unit, 32 * unit, 64 * unit, 8 * unit)
     number = "{:.1f}" if name == "GiB" else "{:.0f}"
     parts = (number.format(n) for n in (712.0, 512.0, 128.0, 72.0))
@@ -754,13 +758,13 @@ def test_durations_are_in_the_unit_that_fits():
     assert [number_of(n, "slot") for n in range(3)] == ["0 slots", "1 slot", "2 slots"]
 
 
-def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.cram_progress("it") as show:
         show(replace(BUSY, stage="measuring"))
         now[0] = 9.0
-        show(replace(BUSY, expected=TWO, done=20))  # 20 of an earlier run
+        show(replace(BUSY, expected=TWO, done=20))  # 20 tokens are of an earlier run
         assert capsys.readouterr().err == f"{sentence(TWO)}\n"
         now[0] = 19.5
         show(BUSY)
@@ -776,8 +780,8 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("split", "some"), [(1, "1 passage."), (7, "7 passages."), (0, "")])
-def test_progress_ends_with_what_was_cut_in_half(capsys, split, some):
-    """The cost of a result is that of its passages: those that were cut are in none of them."""
+def test_progress_ends_with_the_number_of_halved_passages(capsys, split, some):
+    """The printed cost is that of the passages in the file, so it lacks those that were cut."""
     with progress.cram_progress("it") as show:
         show(BUSY)
         show(replace(BUSY, split=split))
@@ -790,7 +794,7 @@ def test_progress_of_cutting_and_certifying_is_a_share():
     assert lines == ["cutting (25%)", "x"]
 
 
-def test_what_is_crammed_to_measure_a_model_is_shown():
+def test_progress_of_measuring_a_model_is_a_number_of_passages():
     line = progress._cram_line(replace(BUSY, stage="measuring", split=0))
     assert line == "measuring 2 passages (5 waiting), mean horizon 7"
 
@@ -809,9 +813,7 @@ def test_decoding_shows_its_share_and_the_time_left(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("verb", ["decode", "verify"])
-def test_decode_and_verify_show_progress_apart_from_their_result(
-    command, stored, monkeypatch, verb
-):
+def test_decode_and_verify_print_progress_on_standard_error(command, stored, monkeypatch, verb):
     monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
     shown = command(verb, stored)
     line = f"{stored}: decoding (100%), about 0 s left"
@@ -825,7 +827,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(progress, "err", console)
-    with progress.cram_progress("notes[/b].txt") as show:  # a name is no markup
+    with progress.cram_progress("notes[/b].txt") as show:  # a name that rich could read as markup
         show(BUSY)
     with progress.decoding_progress("notes[/b].txt") as decoded:
         decoded(0.7)
@@ -835,8 +837,8 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     assert "70 %" in screen.getvalue()
 
 
-def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
-    """No letter without its word, no name of an argument, no number of a float's length."""
+def test_inspect_and_certificate_print_names_units_and_rounded_numbers(monkeypatch, capsys, stored):
+    """A missing revision is not printed as None, and one step is singular."""
     from rich.console import Console
 
     mem = MemVectors.load(stored)
@@ -863,7 +865,7 @@ def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
     assert "(sdpa attention, without a cache (it has no cache), torch 2)" in shown
 
 
-def test_a_long_certificate_lists_what_fails(capsys, stored):
+def test_a_long_certificate_lists_only_passages_that_fail(capsys, stored):
     mem = MemVectors.load(stored)
     n = 60
     passages = [mem.passages[0]] * n
@@ -880,7 +882,7 @@ def test_a_long_certificate_lists_what_fails(capsys, stored):
     assert shown.count("WRONG") == 1
 
 
-def test_the_trained_text_is_ordinary():
-    """The tiny tokenizer really merges: fewer tokens than bytes."""
+def test_the_tokenizer_of_the_tests_merges_bytes():
+    """A text on which it was trained has fewer tokens than bytes."""
     lm = reader()
     assert len(lm.tokenize(TRAINED_ON)) < len(TRAINED_ON.encode())
