@@ -1,4 +1,4 @@
-"""Texts in, certified vectors out: splitting, journal, interruptions, and never a wrong text."""
+"""Texts to certified vectors and back: cutting, halving, the journal, and refusals."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ from memvec.vectors import MemVectors
 
 TEXT = "the cat sat on the lazy dog, é\r\n"
 OPTIONS = {"vectors": 2, "tokens": 2, "recipe": QUICK}
-HASTY = Recipe(steps=30, patience=10)  # long passages are given up, and halved, soon
+HASTY = Recipe(steps=30, patience=10)  # long passages run out of patience soon, and are halved
 
 
-# ---------------------------------------------------------------------- texts in, texts out
+# ---------------------------------------------------------------------- texts to vectors and back
 
 
 @pytest.mark.parametrize("kind", ["bytes", "words"])
@@ -60,7 +60,7 @@ HASTY = Recipe(steps=30, patience=10)  # long passages are given up, and halved,
 def test_several_texts_come_back(kind, rule, tmp_path):
     lm, texts = reader(kind), ["the fox", "Dog, über\t👍\r\n", "x"]
     if rule == "first-token":
-        texts = ["the fox", "Dog, über\t👍\r\n"]  # one token alone has nothing to predict
+        texts = ["the fox", "Dog, über\t👍\r\n"]  # a passage of one token has none to predict
     recipe = Recipe(steps=600, patience=600, start_rule=rule)
     mem = codec.cram(lm, texts, vectors=2, tokens=2, recipe=recipe)
     assert mem.exact
@@ -69,12 +69,12 @@ def test_several_texts_come_back(kind, rule, tmp_path):
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert codec.decode(lm, again) == texts
     assert again.header.start_rule == rule
-    # No token of the text is in the file but one that decoding is given.
+    # The only token of the text in the file is the first one, if decoding is given it.
     assert {p.first is not None for p in again.passages} == {rule == "first-token"}
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
-def test_storages_are_certified(storage):
+def test_passages_are_exact_in_each_storage_of_floats(storage):
     mem = codec.cram(reader(), ["the fox"], storage=storage, **OPTIONS)
     assert mem.exact
     assert mem.vectors.dtype == getattr(torch, storage)
@@ -82,8 +82,8 @@ def test_storages_are_certified(storage):
 
 
 @pytest.mark.slow
-def test_lengths_come_from_information_where_none_is_given(monkeypatch):
-    """Estimated on the text's own passages, or read from the model's folder."""
+def test_passages_are_cut_by_bits_if_no_length_is_given(monkeypatch):
+    """The bits per vector are estimated on passages of the text, or are a fact of the model."""
     lm = reader()
     estimated = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
     assert codec.decode(lm, estimated) == [TEXT]
@@ -97,8 +97,8 @@ def test_lengths_come_from_information_where_none_is_given(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("text", "whole"), [("the fox and a dog", True), (TEXT * 3, False)])
-def test_a_text_that_fits_as_it_is_is_not_cut(monkeypatch, text, whole):
-    """What is tried grows until it does not fit, or is the text."""
+def test_a_text_that_fits_in_one_passage_is_not_cut(monkeypatch, text, whole):
+    """The probed length doubles until a probe is not exact, or until it is the whole text."""
     lm, probed, once = reader(), [], cram_job.CramJob._probed
 
     def seen(self, ids, length):
@@ -129,8 +129,8 @@ def test_a_passage_that_does_not_fit_is_halved_until_it_does():
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 5])
-def test_every_half_has_a_token_to_predict_after_those_that_are_given(tokens):
-    """With the start rule 'first-token', a passage of one token would say nothing."""
+def test_every_half_has_a_token_to_predict_after_its_first_token(tokens):
+    """With the start rule 'first-token', a half of one token would have none to predict."""
     recipe = Recipe(steps=0, start_rule="first-token", if_not_exact="stop")
     mem = codec.cram(reader(), ["the cat sat on the mat"], tokens=tokens, recipe=recipe)
     lengths = [passage.tokens for passage in mem.passages]
@@ -138,13 +138,13 @@ def test_every_half_has_a_token_to_predict_after_those_that_are_given(tokens):
     assert sum(lengths) == 6
 
 
-def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
-    """No steps at all: passages are halved to one token per vector, then reported."""
+def test_passages_that_are_not_exact_are_named():
+    """Without any step, passages are halved until they have fewer than two tokens per vector."""
     lm = reader()
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=8, recipe=Recipe(steps=0))
     assert not mem.exact
     assert min(p.tokens for p in mem.passages) >= 2
-    assert all(p.tokens < 4 for p in mem.passages if not p.exact)  # else it has two halves
+    assert all(p.tokens < 4 for p in mem.passages if not p.exact)  # a longer one is halved
     failed = [i for i, p in enumerate(mem.passages) if not p.exact]
     sentences = list(failures(mem))
     assert len(sentences) == len(failed)
@@ -176,28 +176,28 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
     assert exact == [p.exact for p in mem.passages]
 
 
-def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
-    """Certified alone but wrong in the batch a user decodes: a larger margin, then right."""
-    lm, honest, lies = reader(), cram_job.certificate_of, []
+def test_a_passage_that_fails_the_last_decode_is_crammed_with_a_larger_margin(monkeypatch):
+    """The engine called it exact, but the decode of the whole file fails: the margin doubles."""
+    lm, honest, disagreed = reader(), cram_job.certificate_of, []
 
-    def lying(lm, mem, decoded):
+    def disagreeing(lm, mem, decoded):
         certificate, exact = honest(lm, mem, decoded)
-        if not lies:
-            lies.append(0)
+        if not disagreed:
+            disagreed.append(0)
             return certificate | {"exact": False}, [False, *exact[1:]]
         return certificate, exact
 
-    monkeypatch.setattr(cram_job, "certificate_of", lying)
+    monkeypatch.setattr(cram_job, "certificate_of", disagreeing)
     mem = codec.cram(lm, [TEXT], **OPTIONS)
-    assert lies
+    assert disagreed
     assert mem.exact
     asked = mem.header.recipe["margin"]
     assert mem.passages[0].margin_asked == pytest.approx(2 * asked)
     assert {p.margin_asked for p in mem.passages[1:]} == {asked}
 
 
-def test_the_certificate_of_use_is_of_the_passages_in_their_order(monkeypatch):
-    """Passages become ready in any order, and the term compares each with its own vectors."""
+def test_the_certificate_of_use_gets_vectors_and_passages_in_the_order_of_the_text(monkeypatch):
+    """Passages finish in any order, and the term compares each with its own vectors."""
     lm, seen = reader(), []
     options = {"tokens": 2, "batch_size": 4, "storage": storage_of("float32"), "halve": False}
     recipe = Recipe(steps=0, if_not_exact="stop")
@@ -213,15 +213,15 @@ def test_the_certificate_of_use_is_of_the_passages_in_their_order(monkeypatch):
     assert len(ids) == len(mem.passages) == 3
 
 
-def test_a_last_decode_that_disagrees_ends_where_the_recipe_says_stop(monkeypatch):
+def test_a_passage_that_fails_the_last_decode_is_kept_if_the_recipe_says_stop(monkeypatch):
     lm, honest, decodes = reader(), cram_job.certificate_of, []
 
-    def lying(lm, mem, decoded):
+    def disagreeing(lm, mem, decoded):
         decodes.append(decoded)
         certificate, exact = honest(lm, mem, decoded)
         return certificate | {"exact": False}, [False, *exact[1:]]
 
-    monkeypatch.setattr(cram_job, "certificate_of", lying)
+    monkeypatch.setattr(cram_job, "certificate_of", disagreeing)
     options = OPTIONS | {"recipe": replace(OPTIONS["recipe"], if_not_exact="stop")}
     mem = codec.cram(lm, [TEXT], **options)
     assert len(decodes) == 1
@@ -229,7 +229,7 @@ def test_a_last_decode_that_disagrees_ends_where_the_recipe_says_stop(monkeypatc
     assert {p.margin_asked for p in mem.passages} == {mem.header.recipe["margin"]}
 
 
-def test_what_was_known_not_to_decode_is_decoded_once_more_and_no_further(monkeypatch):
+def test_a_text_with_passages_that_are_not_exact_is_decoded_once(monkeypatch):
     honest, decodes = cram_job.certificate_of, []
 
     def counted(lm, mem, decoded):
@@ -243,18 +243,20 @@ def test_what_was_known_not_to_decode_is_decoded_once_more_and_no_further(monkey
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_last_decode_that_disagrees_halves_what_has_no_step_left(monkeypatch, tmp_path, resumed):
-    """Also where the run ended before the halves were crammed: the journal knows of them."""
+def test_a_passage_that_fails_the_last_decode_without_steps_left_is_halved(
+    monkeypatch, tmp_path, resumed
+):
+    """A resumed run also has the halves: the journal kept them."""
     lm, honest = reader(), cram_job.certificate_of
     options = OPTIONS | {"tokens": 4, "recipe": Recipe(steps=0, margin=1e3)}
     everything_decodes(monkeypatch)
 
-    def lying(lm, mem, decoded):
+    def disagreeing(lm, mem, decoded):
         certificate, _ = honest(lm, mem, decoded)
         exact = [p.tokens <= 2 for p in mem.passages]
         return certificate | {"exact": all(exact)}, exact
 
-    monkeypatch.setattr(cram_job, "certificate_of", lying)
+    monkeypatch.setattr(cram_job, "certificate_of", disagreeing)
     record = journal(tmp_path / "j")
     mem = codec.cram(lm, [TEXT], journal=record, **options)
     if resumed:
@@ -290,7 +292,7 @@ def products_in_bfloat16() -> Iterator[None]:
         pytest.param(lambda: torch.autocast("cpu", dtype=torch.bfloat16), marks=pytest.mark.slow),
     ],
 )
-def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
+def test_global_settings_of_torch_do_not_change_results(settings):
     lm = reader()
     truth = cram(lm, TEXT[:20], tokens=4, recipe=QUICK)
 
@@ -313,13 +315,13 @@ def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
 
 
 def everything_decodes(monkeypatch) -> None:
-    """Certify whatever the engine hands on as exact."""
+    """Let certification call every outcome of the engine exact."""
     honest = engine_module.certify
 
-    def generous(*args):
+    def all_exact(*args):
         return (replace(outcome, exact=True) for outcome in honest(*args))
 
-    monkeypatch.setattr(engine_module, "certify", generous)
+    monkeypatch.setattr(engine_module, "certify", all_exact)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def everything_decodes(monkeypatch) -> None:
         (["a"], {"recipe": Recipe(start_rule="first-token")}, "too short for the start rule"),
     ],
 )
-def test_bad_input_is_a_sentence(texts, options, sentence):
+def test_bad_input_is_refused_in_one_line(texts, options, sentence):
     with pytest.raises(MemvecError, match=sentence) as error:
         codec.cram(reader(), texts, **options)
     assert "\n" not in str(error.value)
@@ -364,7 +366,7 @@ def test_bad_input_is_a_sentence(texts, options, sentence):
         ("a", {"storage": None}, "unknown storage 'None': known: "),
     ],
 )
-def test_input_of_a_wrong_type_is_a_sentence(texts, options, sentence):
+def test_input_of_a_wrong_type_is_refused(texts, options, sentence):
     with pytest.raises(MemvecError, match=re.escape(sentence)):
         codec.cram(reader(), texts, **options)
 
@@ -382,7 +384,7 @@ def test_input_of_a_wrong_type_is_a_sentence(texts, options, sentence):
         lambda lm, mem: memvec.certify_use(lm, mem),
     ],
 )
-def test_a_path_in_the_place_of_vectors_is_a_sentence(given, path):
+def test_a_path_in_place_of_vectors_is_refused(given, path):
     sentence = f"mem is a memvec.MemVectors, as MemVectors.load gives, not {path!r}."
     with pytest.raises(MemvecError, match=re.escape(sentence)):
         given(reader(), path)
@@ -390,7 +392,7 @@ def test_a_path_in_the_place_of_vectors_is_a_sentence(given, path):
 
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("given", [lambda: torch.rand(2, 3, 4), lambda: reader().model])
-def test_a_large_object_in_the_place_of_vectors_is_a_short_sentence(given):
+def test_a_large_object_in_place_of_vectors_is_refused_in_a_short_line(given):
     with pytest.raises(MemvecError, match=re.escape("as MemVectors.load gives, not ")) as error:
         memvec.decode(reader(), given())
     assert len(str(error.value)) < 140
@@ -398,7 +400,7 @@ def test_a_large_object_in_the_place_of_vectors_is_a_short_sentence(given):
 
 
 @pytest.mark.usefixtures("untyped")
-def test_a_name_in_the_place_of_a_model_is_a_sentence():
+def test_a_name_in_place_of_a_model_is_refused():
     mem = codec.cram(reader(), "the", vectors=2, recipe=QUICK)
     for given in (
         lambda: memvec.cram("pocket", "the"),
@@ -424,8 +426,8 @@ def test_any_collection_of_texts_is_crammed():
         assert len(codec.measure(reader(), mem, iter(expected))) == len(mem.passages)
 
 
-def test_a_token_that_the_model_has_not_is_a_sentence():
-    """A tokenizer that was given tokens, beside a model that was not."""
+def test_a_token_without_an_embedding_is_refused():
+    """The tokenizer has an added token, and the model was not resized."""
     tokenizer = deepcopy(byte_tokenizer())
     tokenizer.add_tokens(["<new>"])
     lm = copy(reader())
@@ -435,13 +437,13 @@ def test_a_token_that_the_model_has_not_is_a_sentence():
         codec.cram(lm, ["the<new>cat"], vectors=2)
 
 
-def test_ids_alone_need_no_tokenizer_but_text_does():
+def test_a_text_needs_a_tokenizer():
     with pytest.raises(MemvecError, match="loaded without a tokenizer, and this needs one"):
         codec.cram(tiny(), ["a"])
 
 
 @pytest.mark.parametrize(("free", "batch_size"), [(10**15, 32), (0, 1)])
-def test_slots_fit_the_memory(monkeypatch, free, batch_size):
+def test_the_number_of_slots_depends_on_free_memory(monkeypatch, free, batch_size):
     monkeypatch.setattr(batch_size_module, "free_memory", lambda: free)
     assert batch_size_module.default_batch_size(reader(), 100) == batch_size
 
@@ -462,8 +464,10 @@ def uninterrupted(tokens: int) -> MemVectors:
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 8])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, tokens):
-    """Same vectors; what was finished is not crammed again, splits included."""
+def test_a_resumed_run_gives_the_vectors_of_an_uninterrupted_one(
+    tmp_path, monkeypatch, after, tokens
+):
+    """Finished passages are not crammed again, nor are those that were halved."""
     lm, path = reader(), tmp_path / "j"
     options = {"vectors": 2, "tokens": tokens, "recipe": HASTY, "batch_size": 1}
     whole = uninterrupted(tokens)
@@ -494,8 +498,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
 
 
 @pytest.mark.slow
-def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatch):
-    """The same call goes on, one with another recipe does not, and nothing stays locked."""
+def test_the_same_call_with_a_journal_resumes_and_another_recipe_does_not(tmp_path, monkeypatch):
+    """The journal is a path here; each call unlocks it when it ends."""
     lm, path = reader(), tmp_path / "kept"
     options = {"vectors": 2, "tokens": 8, "recipe": HASTY, "batch_size": 1, "journal": str(path)}
     crammed, push = [], engine_module.Engine.push
@@ -522,12 +526,12 @@ def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatc
     assert len(crammed) >= before + len(whole.passages)
 
 
-def test_a_journal_without_a_folder_is_named_in_a_sentence():
+def test_a_journal_in_a_missing_folder_is_refused():
     with pytest.raises(MemvecError, match=r"^there is no folder no/folder to keep kept in\.$"):
         codec.cram(reader(), [TEXT], journal="no/folder/kept", vectors=2)
 
 
-def test_a_journal_is_of_all_that_decides_the_vectors(tmp_path, monkeypatch):
+def test_the_settings_of_a_journal_include_all_that_changes_the_vectors(tmp_path, monkeypatch):
     trigger = tmp_path / "t.safetensors"
     trigger.write_bytes(b"1")
     recipe, sizes = replace(QUICK, trigger=str(trigger)), {"vectors": 1, "storage": "float32"}
@@ -558,8 +562,8 @@ def test_a_journal_is_of_all_that_decides_the_vectors(tmp_path, monkeypatch):
     assert (tmp_path / "kept").is_file()
 
 
-def test_no_sentence_about_a_journal_tells_to_delete_what_is_whole(tmp_path):
-    """A text in its place, and a journal that is closed or of another thread."""
+def test_errors_of_a_journal_do_not_advise_to_delete_an_intact_file(tmp_path):
+    """The path is that of a text, or the journal is closed or of another thread."""
     letter, record = tmp_path / "letter.txt", journal(tmp_path / "j")
     letter.write_text("Dear John,\n" * 9)
     with pytest.raises(MemvecError, match=r"letter.txt is no file of finished passages: name an"):
@@ -587,7 +591,7 @@ def test_no_sentence_about_a_journal_tells_to_delete_what_is_whole(tmp_path):
         "record = replace(record, 'true', 'false')",
     ],
 )
-def test_a_changed_row_is_not_taken_for_a_finished_passage(tmp_path, change):
+def test_a_changed_row_of_a_journal_is_refused(tmp_path, change):
     lm, path, (passage,) = tiny(), tmp_path / "j", passages(4)
     (outcome,) = engine_module.Engine(lm, HASTY, vectors=2).run([passage])
     record = journal(path)
@@ -601,7 +605,7 @@ def test_a_changed_row_is_not_taken_for_a_finished_passage(tmp_path, change):
         journal(path).get(passage)
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+def test_vectors_that_were_changed_are_not_saved(tmp_path):
     lm = reader()
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     path = mem.save(tmp_path / "a.mem")
@@ -613,7 +617,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         mem.vectors, mem.header = vectors, header
         with pytest.raises(MemvecError, match="were changed after they were certified"):
             mem.save(path, force=True)
-        mem.header = header.model_copy(update={"certificate": None})  # not even without one
+        mem.header = header.model_copy(update={"certificate": None})  # nor without a certificate
         with pytest.raises(MemvecError, match="were changed or are not finite"):
             mem.save(path, force=True)
     assert path.read_bytes() == before
@@ -640,7 +644,7 @@ codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, batch_size=
 
 
 @pytest.mark.slow
-def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path, python):
+def test_passages_finished_before_sigkill_are_kept(folder, tmp_path, python):
     path = tmp_path / "j"
     ran = subprocess.run(
         [python, "-c", KILLED, folder, path, TEXT],
@@ -662,7 +666,7 @@ def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path, pytho
 
 
 @pytest.mark.slow
-def test_two_writers_are_told_apart(tmp_path):
+def test_a_second_writer_of_a_journal_is_refused(tmp_path):
     first = journal(tmp_path / "a.mem.partial")
     with pytest.raises(MemvecError, match=r"another memvec is writing a\.mem"):
         journal(tmp_path / "a.mem.partial")
@@ -670,7 +674,7 @@ def test_two_writers_are_told_apart(tmp_path):
     journal(tmp_path / "a.mem.partial").close(delete=True)
 
 
-def test_a_journal_of_other_settings_is_not_asked(tmp_path):
+def test_a_journal_gives_only_passages_of_its_settings(tmp_path):
     lm, record = reader(), journal(tmp_path / "j")
     mem = codec.cram(lm, ["the fox"], journal=record, **OPTIONS)
     passage = Passage(tuple(lm.tokenize("the fox")[:2]))
@@ -683,8 +687,8 @@ def test_a_journal_of_other_settings_is_not_asked(tmp_path):
     other.close()
 
 
-def test_what_was_crammed_again_replaces_what_was_there(tmp_path):
-    """Certification of the whole file may cram a passage further; the journal counts it once."""
+def test_a_passage_that_is_crammed_again_replaces_its_row_in_the_journal(tmp_path):
+    """The last decode may have a passage crammed again; the journal counts it once."""
     (outcome,) = engine_module.Engine(tiny(), HASTY, vectors=2).run(passages(4))
     record = journal(tmp_path / "j")
     record.put(outcome)
@@ -696,19 +700,19 @@ def test_what_was_crammed_again_replaces_what_was_there(tmp_path):
 
 
 def test_halves_of_an_earlier_run_are_not_crammed_again(tmp_path):
-    """Neither those of a passage that was given up then, nor those of one that is given up now."""
+    """The passage is not exact: first in this run, then as a row of the journal."""
     lm, record, text = reader(), journal(tmp_path / "j"), "the cat sat on"
     (whole,) = [Passage(tuple(Document.of(lm, text).ids))]
     for outcome in Engine(lm, QUICK, vectors=2).run(whole.halves()):
         record.put(outcome)
     options = {"vectors": 2, "tokens": 4, "recipe": Recipe(steps=0), "journal": record}
-    for _ in range(2):  # at the second time, the journal has the whole passage, too
+    for _ in range(2):  # the second time, the journal also has the whole passage
         mem = codec.cram(lm, [text], **options)
         assert (mem.exact, len(mem.passages), len(record)) == (True, 2, 3)
     record.close()
 
 
-def test_rows_of_another_format_are_not_asked(tmp_path, monkeypatch):
+def test_a_journal_ignores_rows_of_another_format(tmp_path, monkeypatch):
     record = journal(tmp_path / "j")
     codec.cram(reader(), ["the fox"], journal=record, **OPTIONS)
     assert len(record)
@@ -720,7 +724,7 @@ def test_rows_of_another_format_are_not_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
-def test_a_resumed_run_stores_numbers_as_it_was_asked(tmp_path, storage):
+def test_a_resumed_run_keeps_its_storage(tmp_path, storage):
     lm, record = reader(), journal(tmp_path / "j")
     first = codec.cram(lm, ["the fox"], journal=record, storage=storage, **OPTIONS)
     again = codec.cram(lm, ["the fox"], journal=record, storage=storage, **OPTIONS)
@@ -729,7 +733,7 @@ def test_a_resumed_run_stores_numbers_as_it_was_asked(tmp_path, storage):
     assert torch.equal(again.vectors, first.vectors)
 
 
-def test_a_damaged_or_unwritable_journal_is_a_sentence(tmp_path, monkeypatch):
+def test_a_damaged_or_unwritable_journal_is_refused(tmp_path, monkeypatch):
     (tmp_path / "j").write_bytes(b"not a database" * 1000)
     with pytest.raises(MemvecError, match="is damaged"):
         journal(tmp_path / "j")
@@ -781,14 +785,14 @@ def test_one_wrong_passage_makes_the_whole_not_exact():
 
 
 @pytest.mark.slow
-def test_the_account_compares_with_compressors():
+def test_the_account_counts_the_bytes_of_vectors_and_of_arithmetic_coding():
     lm = reader()
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     counts = account(mem, TEXT.encode())
     assert counts["text"] == len(TEXT.encode())
     assert counts["vectors"] == mem.size
     assert 0 < counts["arithmetic"] < counts["vectors"]
-    # The first tokens that stand in the file are part of what both sides hold.
+    # Given first tokens count as bytes of both.
     given = replace(QUICK, start_rule="first-token")
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=given)
     some = account(mem, TEXT.encode())
@@ -806,29 +810,29 @@ def test_documents_may_be_made_beforehand():
     assert mem.header.documents[0].name == "note"
 
 
-def test_nothing_is_certified_where_nothing_is_finished():
+def test_certifying_no_outcome_gives_no_outcome():
     assert list(certify_module.certify(tiny(), [], "vectors", storage_of("float32"))) == []
 
 
 @pytest.mark.slow
-def test_a_text_alone_is_one_text():
+def test_a_text_that_is_not_in_a_list_is_one_text():
     lm = reader()
     assert decode(lm, cram(lm, "abc", recipe=QUICK, vectors=2)) == ["abc"]
     assert decode(lm, cram(lm, b"abc", recipe=QUICK, vectors=2)) == ["abc"]
 
 
-def test_cutting_and_certifying_say_how_much_of_them_is_done():
-    """Both take minutes for a book, in which no passage is finished."""
-    told = []
-    options = {"recipe": replace(HASTY, steps=2), "halve": False, "on_status": told.append}
+def test_cutting_and_certifying_report_their_progress():
+    """Both take minutes for a book, and no passage is finished meanwhile."""
+    statuses = []
+    options = {"recipe": replace(HASTY, steps=2), "halve": False, "on_status": statuses.append}
     lm = copy(reader("words"))
     lm.facts = {"bits_per_vector": {"1": 20.0}}
     mem = codec.cram(lm, [TEXT * 3, TEXT * 6], **options)
-    cut = [status.share for status in told if status.stage == "cutting"]
+    cut = [status.share for status in statuses if status.stage == "cutting"]
     assert len(cut) == 1 + len(mem.passages)
     second = [p for p, d in enumerate(mem.header.documents) for _ in range(d.passages)].index(1)
     assert cut[1 + second] == 0.5
-    certified = [status.share for status in told if status.stage == "certifying"]
+    certified = [status.share for status in statuses if status.stage == "certifying"]
     assert certified[-1] == 1
     assert len(certified) == 1 + -(-len(mem.passages) // 32)
     for shares in (cut, certified):
@@ -837,8 +841,8 @@ def test_cutting_and_certifying_say_how_much_of_them_is_done():
 
 
 @pytest.mark.parametrize("workers", [False, True])
-def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
-    told = []
+def test_memory_and_time_are_estimated_before_the_first_step(workers, untyped):
+    statuses = []
     work = codec.CramJob(
         reader(),
         [Document.of(reader(), "abcdef")],
@@ -847,22 +851,22 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
         recipe=QUICK,
         batch_size=2,
         storage=storage_of("float32"),
-        on_status=told.append,
+        on_status=statuses.append,
         workers=object() if workers else None,
     )
     work.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5, 6))])
-    assert (told[-1].expected.step > 0) is not workers
-    said = sentence(told[-1].expected)
+    assert (statuses[-1].expected.step > 0) is not workers
+    said = sentence(statuses[-1].expected)
     assert said.startswith("2 slots of up to 3 tokens: about ")
     assert ("A step takes about" in said) is not workers
     assert work.engine.steps == 0
-    assert told[-1].expected.fills == 1
+    assert statuses[-1].expected.fills == 1
     work.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5, 6)), Passage((7, 8, 9))])
-    assert told[-1].expected.fills == 1.5
+    assert statuses[-1].expected.fills == 1.5
 
 
-def test_the_activations_of_a_step_are_measured_once_on_what_computes_it(monkeypatch):
-    """For the number of slots and for the estimate that is shown."""
+def test_activations_are_measured_once_on_the_module_of_the_engine(monkeypatch):
+    """One measurement gives the number of slots and the estimate that is shown."""
     measured = []
 
     def counted(lm, tokens, fast=None):
@@ -884,7 +888,7 @@ def test_fewer_than_one_slot_is_refused(batch_size):
         codec.cram(reader(), "the fox", recipe=QUICK, batch_size=batch_size)
 
 
-def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
+def test_a_trial_step_that_runs_out_of_memory_takes_0_seconds(monkeypatch):
     engine = Engine(copy(reader()), QUICK)
     assert engine.trial(4, 2) > 0
 
@@ -896,8 +900,8 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "timed"), [("cpu", 8), ("cuda", 40)])
-def test_a_gpu_is_timed_with_all_slots(device, timed, monkeypatch):
-    """A step of 32 slots may take as long as one of 8 there; on a CPU it takes four times that."""
+def test_a_trial_step_has_all_slots_on_a_gpu_and_at_most_8_on_a_cpu(device, timed, monkeypatch):
+    """On a GPU a step of 32 slots may take as long as one of 8, on a CPU four times as long."""
     job = cram_job.CramJob(
         copy(reader()), [], 1, tokens=3, recipe=QUICK, batch_size=40, storage=storage_of("float32")
     )
@@ -912,8 +916,8 @@ def test_a_gpu_is_timed_with_all_slots(device, timed, monkeypatch):
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 8, 10, 40])
-def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K, monkeypatch):
-    """By number: '16' is more than '2'."""
+def test_bits_per_vector_are_those_of_the_largest_known_number_up_to_k(K, monkeypatch):
+    """The keys are compared as numbers: '16' is more than '2'."""
     lm, known = reader(), {"16": 9.0, "2": 5.0, "1": 3.0, "8": 7.0}
     monkeypatch.setattr(lm, "facts", {"bits_per_vector": known})
     document = Document.of(lm, "the fox and the dog")
@@ -926,15 +930,14 @@ def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K,
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 @pytest.mark.parametrize("length", [2, 3])
-def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
-    """Mean over the probes, for one vector."""
-    lm, told = reader(), []
+def test_the_bits_of_exact_probes_are_their_mean_per_vector(length, K):
+    lm, statuses = reader(), []
     document = Document.of(lm, "the fox and the dog sat")
     options = {"recipe": QUICK, "batch_size": 4, "storage": storage_of("float32")}
-    job = cram_job.CramJob(lm, [document], K, tokens=None, on_status=told.append, **options)
+    job = cram_job.CramJob(lm, [document], K, tokens=None, on_status=statuses.append, **options)
     bits, whole = job._probed(document.ids, length)
-    assert told[-1].stage == "measuring"
-    assert told[-1].engine.steps > 0
+    assert statuses[-1].stage == "measuring"
+    assert statuses[-1].engine.steps > 0
     room = len(document.ids) - length
     starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}
     each = [float(surprisals(lm, document.ids[at : at + length]).sum()) for at in starts]
@@ -944,7 +947,7 @@ def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_the_bits_of_probes_that_are_not_exact_end_at_their_first_error(K, monkeypatch):
-    """Of probes of which 0, 1, 2 ... tokens come back; at least one token of each counts."""
+    """Probes with horizons 0 to 3; at least one token of each counts."""
     lm, given = reader(), []
     document = Document.of(lm, TEXT * 2)
     options = {"batch_size": 4, "storage": storage_of("float32")}
@@ -966,7 +969,7 @@ def test_the_bits_of_probes_that_are_not_exact_end_at_their_first_error(K, monke
 
 
 @pytest.mark.parametrize("tokens", [3, 100])
-def test_vectors_are_measured_on_their_own_texts_and_model_only(tokens):
+def test_measure_refuses_other_texts_and_another_model(tokens):
     lm, texts = reader(), ["the fox", "the dog sat"]
     recipe = replace(QUICK, steps=5, if_not_exact="stop")
     mem = codec.cram(lm, texts, vectors=2, tokens=tokens, recipe=recipe)

@@ -1,4 +1,4 @@
-"""Where the numbers of a vector stand: every space with the same engine, file and certificate."""
+"""Spaces: vectors as keys and values or as coefficients, with the same engine and file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def numbers_of(view, recipe, K):
-    """Numbers near those of a start, for passages that nobody crams."""
+    """Noisy start vectors for passages that are not crammed."""
     starts = start_vectors(view, [p.ids for p in ASKED], K, recipe)
     noise = torch.randn(torch.stack(starts).shape, generator=torch.Generator().manual_seed(0))
     return torch.stack(starts) + 0.3 * noise
@@ -61,9 +61,11 @@ def numbers_of(view, recipe, K):
 @every_space
 @every_family
 @pytest.mark.parametrize("K", [1, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_space_is_read_as_the_models_own_forward_reads_it(recipe, family, K):
-    """Against a DynamicCache that is filled number by number, and a whole forward for each token;
-    gemma3's window is shorter than seven vectors."""
+def test_logits_and_decoding_in_a_space_are_those_of_the_models_own_forward(recipe, family, K):
+    """The reference fills a DynamicCache number by number, and makes a forward pass for each token.
+
+    The sliding window of gemma3 is shorter than seven vectors.
+    """
     view = triggered(tiny(family), recipe)
     vectors, rule = numbers_of(view, recipe, K), recipe.start_rule
     assert vectors.shape == (3, K, view.numbers)
@@ -105,8 +107,8 @@ def test_what_is_crammed_is_exact_by_an_independent_decode(recipe, family):
 @pytest.mark.slow
 @every_space
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_passages_never_touch(recipe, family):
-    """Bit-equal at one shape of the batch, whoever is beside; the same to rounding at another."""
+def test_passages_do_not_depend_on_each_other(recipe, family):
+    """Equal bit by bit with other neighbours at one batch shape, and up to rounding at another."""
     lm, few = tiny(family), replace(recipe, steps=8, margin=1e3)
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
     together = paths(Engine(lm, few, **options), ASKED)[ASKED[0]]
@@ -122,8 +124,8 @@ BOS = {"start_rule": "bos"}
 
 @every_space
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "olmo2"])
-def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, family):
-    """One word at a time in numpy; after keys and values the first word of a query is given."""
+def test_the_loss_of_use_is_the_kl_of_the_models_own_forward(recipe, family):
+    """The reference is numpy, token by token; in prefixes the first token of a query is given."""
     recipe = replace(recipe, **USED, **BOS)
     engine = Engine(tiny(family), recipe, vectors=2, batch_size=3)
     for passage in ASKED:
@@ -138,14 +140,14 @@ def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, fam
         numbers = batch.parameters[row].detach()
         slow_kl, _ = slow_use.divergence_and_nll(view, numbers, [], text, [words], given)
         assert float(loss[row]) == pytest.approx(slow_kl, abs=2e-3, rel=2e-2)
-    # What a step forwards and backwards besides: the inputs in front, and a query but for its end.
+    # Inputs of the query's pass: those in front of it, and the query without its last token.
     front = 0 if given else 2
     assert engine.stepper.term.inputs(torch.tensor([3])).tolist() == [front + 5 - 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
-def test_usable_vectors_of_a_space_are_certified_and_written_after(space, tmp_path):
+def test_usable_vectors_of_a_space_are_certified_and_continued(space, tmp_path):
     lm, recipe = reader(), replace(SPACES[space], **USED, **BOS)
     text = "the cat sat on the mat"
     mem = codec.cram(lm, [text], vectors=2, tokens=3, recipe=recipe)
@@ -164,7 +166,7 @@ def test_usable_vectors_of_a_space_are_certified_and_written_after(space, tmp_pa
         own = [lm.bos_id, *ids[0]]
         kl, nll = slow_use.divergence_and_nll(view, vectors, before, own, words.tolist(), given)
         assert (figures.kl, figures.nll) == pytest.approx((kl, nll), abs=1e-4)
-    # All passages in a row, twice, and a prompt after them.
+    # The context is the file twice, with all passages of both in a row; the prompt follows.
     prompt = lm.tokenize("the dog")
     rows = torch.cat([*again.vectors, *again.vectors]).float()
     written = lm.text(slow.greedy(view, rows, prompt, 5))
@@ -172,7 +174,7 @@ def test_usable_vectors_of_a_space_are_certified_and_written_after(space, tmp_pa
     assert use(lm, again, "the dog", context="nothing", max_new_tokens=5)
 
 
-# Each storage with a prefix, each space in float32 and as integers.
+# Each storage with a prefix; the other spaces in float32 and int8.
 @pytest.mark.parametrize(
     ("recipe", "storage"),
     [(SPACES["prefix"], storage) for storage in STORAGES]
@@ -196,7 +198,7 @@ def test_a_file_decodes_as_what_was_saved(recipe, storage, tmp_path):
     assert again.size == STORAGES[storage].size(held, again.header.space.numbers)
 
 
-def test_a_run_that_was_interrupted_gives_the_same_file(tmp_path):
+def test_a_resumed_run_gives_the_same_vectors(tmp_path):
     lm, options = reader(), {"vectors": 2, "tokens": 2, "recipe": SPACES["prefix"]}
 
     def stop(status):
@@ -222,11 +224,11 @@ def test_a_run_that_was_interrupted_gives_the_same_file(tmp_path):
     journal.close(delete=True)
 
 
-# ---------------------------------------------------------------------- what stands where
+# ---------------------------------------------------------------------- the numbers of a vector
 
 
-def test_inputs_are_as_they_were():
-    """A recipe that names the default space is one without, in its record too."""
+def test_the_space_of_inputs_is_the_default_and_not_recorded():
+    """Naming it changes neither the model nor the record; files without the field can be read."""
     lm = tiny()
     assert triggered(lm, replace(QUICK, space="inputs")) is lm
     assert "space" not in QUICK.record()
@@ -236,12 +238,12 @@ def test_inputs_are_as_they_were():
     mem = codec.cram(reader(), ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     assert mem.header.space is None
     older = mem.header.model_dump(mode="json")
-    del older["space"]  # a file of before there were spaces
+    del older["space"]  # files of earlier versions have no such field
     assert Header.model_validate(older) == mem.header
 
 
-def test_a_prefix_begins_as_the_model_computes_it_for_inputs():
-    """The keys and values of K inputs are K inputs: nothing is lost on the way."""
+def test_a_prefix_begins_with_the_keys_and_values_of_inputs():
+    """They give the logits of the inputs, and the stored numbers are of size 1."""
     recipe = SPACES["prefix"]
     lm = tiny("gpt-neox")
     view = triggered(lm, recipe)
@@ -259,8 +261,8 @@ def test_a_prefix_begins_as_the_model_computes_it_for_inputs():
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 7), ("dimensions", 16)])
-def test_a_view_in_a_space_is_read_with_the_options_that_are_asked(name: str, value: int) -> None:
-    """It was read with its own: a file of another seed decoded to other tokens."""
+def test_a_view_takes_the_options_of_another_recipe_of_its_space(name: str, value: int) -> None:
+    """With its own options, a file of another seed would decode to other tokens."""
     lm, recipe = reader(), SPACES["shared-basis"]
     view = triggered(lm, recipe)
     assert triggered(view, recipe) is view
@@ -273,8 +275,8 @@ def test_a_view_in_a_space_is_read_with_the_options_that_are_asked(name: str, va
     assert mem.decode_passages(view) == mem.decode_passages(lm)
 
 
-def test_what_other_layers_hold_is_in_the_options_that_a_file_keeps():
-    """Also where it is not the default, BOS."""
+def test_the_filler_of_other_layers_is_an_option_that_a_file_keeps():
+    """The filler is another token than the default, BOS."""
     lm, ids = tiny(), torch.tensor([[5, 6, 7]])
     view = in_space(lm, "prefix-layer", {"layer": 1, "filler": 4})
     vectors = torch.randn(1, 2, view.numbers, generator=torch.Generator().manual_seed(0))
@@ -284,8 +286,8 @@ def test_what_other_layers_hold_is_in_the_options_that_a_file_keeps():
     assert not torch.equal(plain.logits(vectors, ids, "bos"), view.logits(vectors, ids, "bos"))
 
 
-def test_a_shared_basis_begins_at_the_nearest_vectors():
-    """Those of coefficients are given back; of others, what is left lies across the basis."""
+def test_coefficients_begin_at_the_nearest_vectors_of_the_basis():
+    """Vectors of coefficients give them back; the rest of others is orthogonal to the basis."""
     view = triggered(tiny(), SPACES["shared-basis"])
     reading, generator = view.reading, torch.Generator().manual_seed(0)
     z = torch.randn(3, 24, generator=generator)
@@ -296,13 +298,13 @@ def test_a_shared_basis_begins_at_the_nearest_vectors():
     assert reading.basis.square().sum(1) == pytest.approx(view.width / 24)
 
 
-def test_units_are_the_nearest_powers_of_two():
+def test_units_are_exponents_of_the_nearest_powers_of_two():
     for size, unit in [(0.37, -1), (1.4, 0), (1.5, 1), (3.0, 2), (0.0, 0), (float("inf"), 0)]:
         assert _unit(torch.full((1, 2, 3, 4), size)) == unit
 
 
-def test_other_layers_than_the_chosen_one_see_no_passage():
-    """With a prefix in the last layer, what the first layer hands on is that of K fillers."""
+def test_a_prefix_in_one_layer_leaves_fillers_in_the_others():
+    """With a prefix in the last layer, the first one has the keys and values of K fillers."""
     lm = tiny("llama")
     recipe = SPACES["prefix-layer"]
     view = triggered(lm, recipe)
@@ -317,21 +319,21 @@ def test_other_layers_than_the_chosen_one_see_no_passage():
     assert not torch.allclose(cache.layers[1].keys, plain.layers[1].keys.expand(3, -1, -1, -1))
 
 
-def test_numbers_are_counted():
+def test_numbers_of_a_vector_in_each_space():
     heads, width, layers = 2, 8, 2
     assert triggered(tiny("llama"), SPACES["prefix"]).numbers == layers * 2 * heads * width
     assert triggered(tiny("llama"), SPACES["prefix-layer"]).numbers == 2 * heads * width
     assert triggered(tiny("llama"), SPACES["shared-basis"]).numbers == 24
 
 
-def test_keys_and_values_cost_no_input():
+def test_keys_and_values_count_as_no_inputs_in_the_cost():
     lm, recipe = tiny(), replace(SPACES["prefix"], steps=4, margin=1e3, schedule="whole")
     (outcome,) = Engine(lm, recipe, vectors=3, batch_size=1).run(ASKED[:1])
-    assert outcome.spent == 4 * 5  # BOS and four tokens predict five
+    assert outcome.spent == 4 * 5  # BOS and four tokens are read, for five predictions
 
 
 @pytest.mark.slow
-def test_a_bfloat16_copy_computes_the_steps():
+def test_prefixes_are_exact_with_steps_in_bfloat16():
     recipe = replace(SPACES["prefix"], compute="bfloat16")
     assert all(o.exact for o in Engine(tiny(), recipe, vectors=2, batch_size=3).run(ASKED))
     assert all(o.exact for o in Engine(tiny("llama", "bfloat16"), recipe, vectors=2).run(ASKED))
@@ -350,14 +352,14 @@ def test_a_bfloat16_copy_computes_the_steps():
         ("xlm", ""),
     ],
 )
-def test_a_model_without_such_a_cache_is_refused(family, reason):
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(family, reason):
     sentence = f"^tiny-{family} keeps no keys and values .*{reason}.*use the space 'inputs'.$"
     for space in ("prefix", "prefix-layer"):
         with pytest.raises(MemvecError, match=sentence):
             Engine(tiny(family), SPACES[space])
 
 
-def test_a_model_that_reads_its_own_keys_otherwise_is_refused(monkeypatch):
+def test_a_model_that_reads_its_cached_keys_differently_is_refused(monkeypatch):
     lm, honest = tiny(), keys_values.agree
     monkeypatch.setattr(
         keys_values, "agree", lambda ours, own, dtype: honest(ours + 0.1 * own, own, dtype)
@@ -367,7 +369,7 @@ def test_a_model_that_reads_its_own_keys_otherwise_is_refused(monkeypatch):
             Engine(lm, SPACES[space])
 
 
-def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
+def test_what_a_space_does_not_support_is_refused(tmp_path):
     lm, prefix = tiny(), SPACES["prefix"]
     with pytest.raises(MemvecError, match=r"^tiny-llama has layers 0 to 1: no prefix stands in la"):
         Engine(lm, replace(SPACES["prefix-layer"], layer=2))
@@ -477,7 +479,11 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
     write_report(out, out / "report", figures=False)
     with (out / "report" / "tables" / "spaces.csv").open() as file:
         table = pd.read_csv(file)
-    D, layer, every = 64, 2 * 32, 2 * 2 * 32  # reader(): two key-value heads of 16, two layers
+    D, layer, every = (
+        64,
+        2 * 32,
+        2 * 2 * 32,
+    )  # reader() has two layers with two key-value heads of 16
     sizes = dict(zip(table["space"] + " " + table["storage"], table["numbers"], strict=True))
     assert sizes == {
         "inputs float32": 2 * D,
@@ -492,7 +498,9 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
     assert bits["prefix bfloat16"] * 2 == bits["prefix float32"] == 32 * every
     assert table["numbers"].is_monotonic_increasing
     used = pd.read_csv(out / "report" / "tables" / "utilisation.csv")
-    limits = used["theoretical tokens"].sort_values().to_numpy()  # of W numbers a vector, not of D
+    limits = (
+        used["theoretical tokens"].sort_values().to_numpy()
+    )  # from the numbers of a vector, not from D
     assert limits / limits[0] == pytest.approx(table["numbers"].to_numpy() / 32, rel=1e-6)
     assert (table["n"] == 2).all()
     assert (table["exact tokens"] <= 6).all()

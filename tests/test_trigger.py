@@ -1,4 +1,4 @@
-"""What stands around vectors: BOS or soft tokens in front, a trigger after; and its training."""
+"""Inputs around usable vectors: BOS or soft tokens in front, a trigger after; and training."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ ASKED = [list(p.ids) for p in passages(4, 4, 4, 4, 4, 4, seed=5)]
 
 
 def rows_for(lm: FrozenLM, R: int, seed: int = 0) -> torch.Tensor:
-    """Soft tokens of the size of the model's own."""
+    """R random soft tokens (R, D) with the standard deviation of the model's embeddings."""
     generator = torch.Generator().manual_seed(seed)
     return lm.embedding_std * torch.randn(R, lm.width, generator=generator)
 
 
 def soft_for(lm: FrozenLM, R: int, P: int = 0) -> CrammedTrigger:
-    """R soft tokens after vectors and P in front of them."""
+    """A trigger with R soft tokens after the vectors and P in front of them."""
     return CrammedTrigger(rows_for(lm, R), front=rows_for(lm, P, seed=1) if P else None)
 
 
 def trigger_in(folder: Path) -> Path:
-    """Three soft tokens after and two in front for the tiny reader."""
+    """Save a trigger with three soft tokens after the vectors and two in front of them."""
     lm = reader("words")
     save_trigger(folder / "trigger.safetensors", soft_for(lm, 3, 2), lm, {"plan": "none"})
     return folder / "trigger.safetensors"
@@ -83,18 +83,18 @@ def trigger_in(folder: Path) -> Path:
 
 @pytest.fixture
 def trigger_file(tmp_path: Path) -> Path:
-    """A file that a test may change."""
+    """A trigger's file that a test may change."""
     return trigger_in(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def mem(tmp_path_factory: pytest.TempPathFactory) -> MemVectors:
-    """A text in usable vectors after that trigger; tests look at it and do not change it."""
+    """A text in usable vectors with that trigger; tests must not change it."""
     recipe = replace(USABLE, trigger=str(trigger_in(tmp_path_factory.mktemp("trigger"))))
     return codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
 
 
-# ---------------------------------------------------------------------- how it is read
+# ---------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def mem(tmp_path_factory: pytest.TempPathFactory) -> MemVectors:
         *(("prefix", family) for family in ("llama", "gpt2", "gemma2")),
     ],
 )
-def test_soft_tokens_that_are_embeddings_are_those_tokens(space, family):
-    """Bit for bit, alone and in front of others; a token trigger is the reference."""
+def test_soft_tokens_equal_to_embeddings_are_read_as_those_tokens(space, family):
+    """One is equal bit by bit to a token trigger; three are read as a slow reference reads them."""
     lm = tiny(family)
     if space != "inputs":
         lm = triggered(lm, Recipe.of(space, start_rule="bos", trigger="#3"))
@@ -126,8 +126,8 @@ def test_soft_tokens_that_are_embeddings_are_those_tokens(space, family):
 
 @pytest.mark.parametrize(("front", "P"), [("none", 2), ("bos", 0), ("bos", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
-    """Bit for bit, in every reading of the same vectors; the slow path agrees."""
+def test_a_front_is_read_as_vectors_in_its_place(family, front, P):
+    """Logits and decoding are equal bit by bit; a slow reference agrees."""
     lm = tiny(family)
     view = with_trigger(with_front(lm, front), soft_for(lm, 3, P))
     plain = with_trigger(lm, soft_for(lm, 3))
@@ -156,12 +156,12 @@ def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
 @pytest.mark.parametrize("start", ["bos", "vectors", "first-token"])
 @pytest.mark.parametrize(("front", "P"), [("none", 2), ("bos", 0), ("bos", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
-    """States and gradients of the whole input; each step reads the front's inputs less."""
+def test_a_front_in_the_cache_gives_the_states_and_gradients_of_the_front(family, front, P, start):
+    """A step then reads only the inputs after the front."""
     lm = tiny(family)
     view = with_trigger(with_front(lm, front), soft_for(lm, 3, P))
     once = with_front_read(view)
-    if family == "mamba":  # it keeps no keys and values
+    if family == "mamba":  # its cache has no keys and values
         assert once is view
         return
     F = len(view.front)
@@ -175,11 +175,11 @@ def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
     slopes = [torch.autograd.grad(states, vectors, slope)[0] for states in (whole, after)]
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
     assert torch.equal(once.states(None, ids, "bos"), lm.states(None, ids, "bos"))
-    assert view.front  # the view that reads it at every step is as it was
+    assert view.front  # the view that reads the front at every step is unchanged
 
 
-def test_without_a_front_nothing_is_kept(monkeypatch):
-    """Nor in a model whose layers lie in several places."""
+def test_no_front_is_cached_without_one_or_on_several_devices(monkeypatch):
+    """`offload` or layers on several devices leave the model as it is."""
     lm = tiny()
     assert with_front_read(lm) is lm
     elsewhere = copy(with_front(lm, "bos"))
@@ -201,8 +201,8 @@ def test_without_a_front_nothing_is_kept(monkeypatch):
 
 
 @pytest.mark.slow
-def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatch):
-    """Each pass counts the front's inputs less, and does the same."""
+def test_cramming_for_use_reads_the_front_once(trigger_file, monkeypatch):
+    """The vectors are the same, and each pass costs the front's inputs less."""
     lm = reader("words")
     ids = lm.tokenize(TEXT)
     asked = [Passage(tuple(ids[at : at + 4]), at) for at in range(3)]
@@ -215,15 +215,15 @@ def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatc
     for ours, theirs in zip(once, whole, strict=True):
         torch.testing.assert_close(ours.vectors, theirs.vectors, atol=1e-3, rtol=1e-3)
         assert (ours.passage, ours.steps, theirs.steps) == (theirs.passage, 6, 6)
-        assert theirs.spent - ours.spent == 2 * front * 6  # in front of the passage, and a query
+        assert theirs.spent - ours.spent == 2 * front * 6  # passes of the passage and of a query
 
 
 @pytest.mark.parametrize("asked", ["none", "bos", "auto"])
-def test_a_front_is_as_it_was_asked_for(asked):
+def test_a_front_is_the_bos_or_nothing_as_the_recipe_says(asked):
     lm = tiny()
     bos = () if asked == "none" else (lm.bos_id,)
     recipe = Recipe(front=asked, start_rule="bos")
-    assert recipe.record().get("front", "none") == asked  # absent where nothing stands there
+    assert recipe.record().get("front", "none") == asked  # the default is not in the record
     view = triggered(lm, recipe)
     assert (view.front, lm.front) == (bos, ())
     both = with_front(with_trigger(lm, soft_for(lm, 3, 2)), asked)
@@ -242,7 +242,7 @@ def test_a_front_is_as_it_was_asked_for(asked):
             assert with_front(other, asked) is other
 
 
-def test_a_model_is_not_changed_by_a_view_of_it():
+def test_a_view_with_a_trigger_does_not_change_its_model():
     lm = tiny()
     view = with_trigger(lm, soft_for(lm, 2, 1))
     assert (lm.soft, lm.other_trigger, lm.front) == (None, None, ())
@@ -256,7 +256,7 @@ def test_a_model_is_not_changed_by_a_view_of_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("P", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_passages_are_exact_after_it(family, P):
+def test_passages_with_soft_tokens_are_exact_by_an_independent_decode(family, P):
     lm = tiny(family)
     view = with_trigger(with_front(lm, "auto" if P else "none"), soft_for(lm, 3, P))
     recipe = Recipe(start="noise", start_rule="bos", steps=1500, patience=1500)
@@ -278,11 +278,11 @@ def test_passages_are_exact_after_it(family, P):
 
 @pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
+def test_a_file_of_vectors_contains_its_trigger_and_front(trigger_file, tmp_path, storage):
     lm = reader("words")
     recipe = replace(USABLE, trigger=str(trigger_file))
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=4, recipe=recipe, storage=storage)
-    trigger_file.unlink()  # what is in the file is enough
+    trigger_file.unlink()  # decoding needs the file of vectors only
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert mem.exact
     header = again.header
@@ -296,8 +296,8 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
 
 
 @pytest.mark.slow
-def test_files_after_different_fronts_do_not_stand_in_one_row(mem):
-    """Only one front can stand there; the others' vectors would be read after a wrong one."""
+def test_files_with_different_fronts_are_not_used_together(mem):
+    """A context has one front, so the vectors of one file would be read after a wrong one."""
     lm = reader("words")
     bare = codec.cram(lm, [TEXT], vectors=2, tokens=4, recipe=replace(USABLE, trigger="bos"))
     moved = {**mem.soft, "front": mem.soft["front"] + 1e-3}
@@ -312,7 +312,7 @@ def test_files_after_different_fronts_do_not_stand_in_one_row(mem):
 @pytest.mark.parametrize("changed", ["trigger", "front"])
 @pytest.mark.slow
 def test_vectors_with_other_soft_tokens_are_not_exact_and_not_saved(mem, tmp_path, changed):
-    """The certificate is of both: the vectors are read between these rows."""
+    """The certificate covers vectors and soft tokens."""
     same = MemVectors(mem.vectors, mem.header, dict(mem.soft))
     assert (same.exact, same.changed) == (True, False)
     other = MemVectors(mem.vectors, mem.header, {**mem.soft, changed: mem.soft[changed] + 1e-3})
@@ -323,7 +323,7 @@ def test_vectors_with_other_soft_tokens_are_not_exact_and_not_saved(mem, tmp_pat
 
 @pytest.mark.parametrize("changed", ["trigger", "front"])
 @pytest.mark.slow
-def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
+def test_vectors_without_their_soft_tokens_are_refused(mem, tmp_path, changed):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)
     with pytest.raises(MemvecError, match=r"and 2 in front .* 'front' has 0"):
@@ -342,12 +342,16 @@ def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
 
 
 @pytest.mark.slow
-def test_other_software_gets_it_as_vectors(mem, tmp_path):
+def test_an_export_has_soft_tokens_as_vectors(mem, tmp_path):
     lm = reader("words")
     manifest = export(lm, mem, target_of("transformers"), tmp_path / "out")
     assert manifest["certificate"]["exact"]
     around = [manifest[f"{name}_vectors"] for name in ("front", "trigger")]
-    assert (manifest["vectors_per_passage"], *around) == (2, 1 + 2, 3)  # BOS in front, too
+    assert (manifest["vectors_per_passage"], *around) == (
+        2,
+        1 + 2,
+        3,
+    )  # the front is BOS and two soft tokens
     assert all(item["given"] == [] for item in manifest["passages"])
     prompts, _ = engines.decode.passage_prompts(mem, lm)
     assert [prompt.vectors.shape[0] for prompt in prompts] == [8] * len(mem.passages)
@@ -359,7 +363,7 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [Recipe.of("prefix"), Recipe(space="shared-basis", dimensions=24)])
-def test_spaces_take_what_is_after_the_vectors_only(trigger_file, tmp_path, base):
+def test_other_spaces_take_the_trigger_and_no_front(trigger_file, tmp_path, base):
     recipe = replace(base, start_rule="bos", trigger=str(trigger_file), front="auto")
     mem = codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
@@ -369,7 +373,7 @@ def test_spaces_take_what_is_after_the_vectors_only(trigger_file, tmp_path, base
     assert codec.decode(reader("words"), again) == [TEXT]
 
 
-def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
+def test_the_named_files_of_a_recipe_include_the_content_of_the_trigger(trigger_file):
     recipe = replace(USABLE, trigger=str(trigger_file))
     first = named_files(recipe)
     save_trigger(trigger_file, soft_for(reader("words"), 2), reader("words"), {})
@@ -378,8 +382,8 @@ def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
     assert named_files(USABLE) == {}
 
 
-def test_only_what_is_named_as_a_file_is_one(tmp_path, monkeypatch):
-    """A trigger's text may begin with '~', and a file may have the name of a token."""
+def test_the_text_of_a_trigger_is_no_file_name(tmp_path, monkeypatch):
+    """The text may begin with '~', and a file may have the same name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "the").write_text("a file of something else")
     assert named_files(replace(USABLE, trigger="the")) == {}
@@ -388,7 +392,7 @@ def test_only_what_is_named_as_a_file_is_one(tmp_path, monkeypatch):
         trigger_named(reader(), "~~~")
 
 
-def test_auto_is_the_folders_own_trigger(folder, tmp_path):
+def test_auto_is_the_trigger_in_the_models_folder(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
     assert triggered(plain, Recipe(trigger="auto")).trigger == (plain.bos_id,)
@@ -399,7 +403,7 @@ def test_auto_is_the_folders_own_trigger(folder, tmp_path):
     assert triggered(lm, Recipe.of("prefix", trigger="auto", start_rule="bos")).soft is None
 
 
-def test_the_built_in_models_own_trigger_is_of_its_weights():
+def test_the_built_in_model_has_its_trigger():
     lm = load_lm("pocket")
     assert lm.own_trigger.rows.shape == (4, lm.width)
     assert lm.description()["trigger"] == lm.own_trigger.identity
@@ -407,7 +411,7 @@ def test_the_built_in_models_own_trigger_is_of_its_weights():
 
 
 @pytest.mark.slow
-def test_a_quantized_model_does_without_its_folders_trigger():
+def test_a_quantized_model_does_not_take_the_trigger_in_its_folder():
     pytest.importorskip("torchao")
     lm = load_lm("pocket", quantize="8bit")
     assert lm.own_trigger is None
@@ -418,8 +422,8 @@ def test_a_quantized_model_does_without_its_folders_trigger():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
-    """Batched equals single, and single equals autograd of both losses written out."""
+def test_the_gradient_of_soft_tokens_is_the_mean_over_passages(family):
+    """That of one passage equals autograd of the two losses, written here in full."""
     lm, one_step = tiny(family), replace(USABLE, trigger="bos", look_ahead=100)
 
     def gradient(asked: list[list[int]]) -> torch.Tensor:
@@ -456,7 +460,7 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
 
 
 @pytest.mark.slow
-def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
+def test_training_moves_soft_tokens_and_resumes_after_an_interrupt(tmp_path):
     lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     reports, quick = [], replace(USABLE, settle=8, decay=8)
     soft = train_trigger(lm, ASKED, PLAN, quick, whole, on_batch=reports.append)
@@ -474,12 +478,12 @@ def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     again = train_trigger(lm, ASKED, PLAN, quick, parts)
     assert torch.equal(again.table, soft.table)
     assert torch.equal(load_trigger(parts, lm).table, soft.table)
-    again = train_trigger(lm, ASKED, PLAN, quick, parts)  # nothing is left to do
+    again = train_trigger(lm, ASKED, PLAN, quick, parts)  # all batches are done
     assert torch.equal(again.table, soft.table)
 
 
 @pytest.mark.slow
-def test_other_questions_under_the_same_name_are_another_training(tmp_path):
+def test_a_training_resumes_only_with_the_same_questions(tmp_path):
     lm, questions, file = reader(), tmp_path / "questions.txt", tmp_path / "t.safetensors"
     questions.write_text("the cat\n")
     recipe = Recipe.of("usable", queries=str(questions), query_tokens=40, settle=3, decay=3)
@@ -496,14 +500,14 @@ def test_other_questions_under_the_same_name_are_another_training(tmp_path):
     with pytest.raises(MemvecError, match="is of another training"):
         train_trigger(lm, asked, plan, recipe, file)
     questions.write_text("the cat\n")
-    # The weight of use does not follow single passages here, and so the field is no part of it.
+    # A training sets term_rise to 0, so the recipe's value is none of its settings.
     risen, reports = replace(recipe, term_rise=0.1), []
     train_trigger(lm, asked, plan, risen, file, on_batch=reports.append)
     assert [report.number for report in reports] == [2]
 
 
-def test_the_first_soft_tokens_are_the_token_that_opens_a_text_and_noise():
-    """Of size 1; the last one after the vectors has no noise, and another seed has another."""
+def test_the_first_soft_tokens_are_the_embedding_of_bos_and_noise():
+    """Their size is 1; the last one of the trigger has no noise, and the seed sets the noise."""
     lm = tiny()
     rows = first_rows(lm, PLAN)
     token = lm.embed(torch.tensor(lm.bos_id))
@@ -521,7 +525,7 @@ def test_the_first_soft_tokens_are_the_token_that_opens_a_text_and_noise():
 def test_the_rate_falls_over_all_batches(tmp_path, monkeypatch):
     """A cosine from the whole rate to a twentieth of it, over `settle` steps of each batch.
 
-    One more step of each batch measures the vectors that the last one left.
+    One more step of each batch measures its last vectors.
     """
     rates, step = [], torch.optim.NAdam.step
 
@@ -537,7 +541,7 @@ def test_the_rate_falls_over_all_batches(tmp_path, monkeypatch):
 
 
 def test_a_batch_reports_its_exact_passages_and_their_mean_kl(tmp_path, monkeypatch):
-    """Each number of the last step of all, written down where it is measured."""
+    """The mean is over the losses of the last step."""
     outcomes, losses, reports = [], [], []
     run, measure = Engine.run, Step.measure
 
@@ -561,7 +565,7 @@ def test_a_batch_reports_its_exact_passages_and_their_mean_kl(tmp_path, monkeypa
     assert report.kl == pytest.approx(float(losses[-1].sum()) / 2)
 
 
-def test_soft_tokens_after_the_vectors_alone(tmp_path):
+def test_soft_tokens_are_trained_without_a_front(tmp_path):
     plan = replace(PLAN, front=0, batches=1)
     soft = train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors")
     assert soft.front is None
@@ -580,7 +584,7 @@ def test_a_trigger_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- bad input
 
 
-def test_what_is_no_trigger_of_this_model_is_refused(trigger_file, tmp_path):
+def test_missing_damaged_and_foreign_triggers_are_refused(trigger_file, tmp_path):
     lm, other = reader("words"), reader("words", seed=3)
     with pytest.raises(MemvecError, match="there is no trigger"):
         triggered(lm, Recipe(trigger=str(tmp_path / "none.safetensors")))
@@ -605,7 +609,7 @@ def test_what_is_no_trigger_of_this_model_is_refused(trigger_file, tmp_path):
         load_trigger(broken, lm)
 
 
-def test_a_training_that_cannot_work_is_refused(tmp_path):
+def test_wrong_plans_and_too_few_passages_are_refused(tmp_path):
     lm, path = tiny(), tmp_path / "a.safetensors"
     with pytest.raises(MemvecError, match="at least 1"):
         TriggerPlan(rows=0)
@@ -629,7 +633,7 @@ def test_a_training_that_cannot_work_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch):
+def test_the_command_trains_a_trigger_and_crams_with_it(command, folder, tmp_path, monkeypatch):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     (tmp_path / "books.txt").write_text(f"{TEXT}, and so it went on. " * 8)
     letter = tmp_path / "letter.txt"
@@ -687,7 +691,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_another_dtype_reads_it_rounded(dtype):
+def test_a_model_in_another_dtype_reads_soft_tokens_rounded(dtype):
     lm = FrozenLM(build("llama").to(dtype), name="rounded")
     rows = rows_for(lm, 2)
     view = with_trigger(lm, CrammedTrigger(rows))
