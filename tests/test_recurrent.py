@@ -1,4 +1,4 @@
-"""Recurrent memory: what is carried from segment to segment, its training, its file, its study."""
+"""The recurrent encoder: its memory of earlier segments, training, files, measures and study."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SMALL = RecurrentPlan(
 
 
 def network_of(lm, seed=0, own=None, **changes):
-    """An untrained network whose update does something: no output is zero."""
+    """An untrained network with random gates and map, so that its update is not zero."""
     torch.manual_seed(seed)
     shape = {"hidden": 16, "layers": 1, "heads": 2, "slots": 2, "lags": 2, "segment": T} | changes
     network = RecurrentNetwork(lm.width, state_width(lm), **shape)
@@ -99,8 +99,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path):
         load_encoder(file, tiny(seed=1))
 
 
-def test_a_memory_is_carried_from_earlier_segments_only():
-    """It depends on each earlier segment, and on nothing that comes later."""
+def test_a_memory_depends_on_its_own_and_all_earlier_segments():
     lm = tiny()
     encoder, ids = encoder_of(lm), stream(lm, 12)[None]
     before = encoder.memories(lm, ids, T)
@@ -112,7 +111,7 @@ def test_a_memory_is_carried_from_earlier_segments_only():
         assert same == [i < changed for i in range(4)]
 
 
-def test_one_segment_at_lag_0_is_the_ordinary_encoder():
+def test_encoding_one_segment_gives_its_memory_and_the_question_of_lag_0():
     lm = tiny()
     encoder, ids = encoder_of(lm), stream(lm, 12).view(4, T)
     (memory,) = encoder.memories(lm, ids, T)
@@ -122,8 +121,8 @@ def test_one_segment_at_lag_0_is_the_ordinary_encoder():
     assert torch.equal(encoder.encode(lm, ids, 1), memory[:, 1:])
 
 
-def test_a_passage_is_read_as_far_as_memory_and_slots_leave_room():
-    """A segment between 2 vectors and 2 slots: GPT-2 has no position after its context."""
+def test_a_long_passage_is_read_up_to_the_context_without_memory_and_slots():
+    """A segment is between 2 vectors and 2 slots; GPT-2 has no position after its context."""
     lm = tiny("gpt2")
     view = with_encoder(lm, encoder_of(lm))
     ids = stream(lm, 128)[None, :127]
@@ -135,7 +134,7 @@ def test_a_passage_is_read_as_far_as_memory_and_slots_leave_room():
         compare(view, ids, [-1])
 
 
-def test_each_lag_has_a_question_of_its_own_behind_the_memory():
+def test_each_lag_has_its_own_question_after_the_memory():
     encoder, memory = encoder_of(tiny(), lags=3), torch.randn(4, 2, tiny().width)
     for lag in range(3):
         asked = encoder.asked(memory, lag)
@@ -144,8 +143,8 @@ def test_each_lag_has_a_question_of_its_own_behind_the_memory():
     assert len(encoder.network.questions.unique(dim=0)) == 3
 
 
-def test_before_training_it_is_a_queue_of_the_own_encoder():
-    """The newest vector is nearly that of the summary encoder, the older ones move up."""
+def test_before_training_the_memory_is_a_queue_of_summary_vectors():
+    """The newest vector is nearly that of the summary encoder; the older ones move up."""
     lm = tiny()
     torch.manual_seed(0)
     D = lm.width
@@ -156,7 +155,7 @@ def test_before_training_it_is_a_queue_of_the_own_encoder():
         network.first.zero_()
         for gates in (network.openness[:-1], -network.openness[-1:]):
             assert (gates < -2).all()
-        network.openness.mul_(10)  # gates that are shut, and open
+        network.openness.mul_(10)  # now the gates are nearly shut or open
         first, second = encoder.memories(lm, stream(lm, 6)[None], T)
         inputs = torch.cat([torch.zeros(1, 3, D), lm.embed(stream(lm, 6)[None, :T])], dim=1)
         slots = network.slots.expand(1, -1, -1)
@@ -167,7 +166,7 @@ def test_before_training_it_is_a_queue_of_the_own_encoder():
 
 
 def test_a_gate_mixes_each_vector_with_its_new_value():
-    """Shut, the memory moves up by one place; open, it is new; between, it is their mean."""
+    """A shut gate moves the memory up by one place; an open one takes the new value."""
     lm = tiny()
     network = network_of(lm, slots=3)
     memory, embedded, heard = (torch.randn(2, n, lm.width) for n in (3, T, 3))
@@ -197,7 +196,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     plan = replace(SMALL, positions=200)
     training = RecurrentTraining(lm, stream(lm), plan)
-    training.step = 3  # a step whose chains are the longest
+    training.step = 3  # chains are short at first
     training._longest_chain = lambda: 3
     start = {k: v.clone() for k, v in training.network.state_dict().items()}
     drawn = []
@@ -213,8 +212,8 @@ def test_training_moves_the_encoder_and_nothing_else(family):
     assert moved == start.keys() - {"mean", "std", "size"}
 
 
-def test_the_loss_goes_back_to_the_first_segment():
-    """The gradient of one step is autograd's, through logits and the whole chain."""
+def test_the_gradient_goes_through_the_chain_to_the_first_segment():
+    """That of one step equals autograd of the cross-entropy of every lag."""
     lm = tiny()
     training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=0.0))
     training._longest_chain = lambda: 3
@@ -245,7 +244,7 @@ def test_chains_grow_over_the_first_half_of_the_steps():
 
 
 @pytest.mark.parametrize(("steps", "segments"), [(5, 3), (7, 4), (9, 2), (3, 5)])
-def test_a_chain_is_never_shorter_than_the_share_of_the_first_half_that_is_done(steps, segments):
+def test_the_longest_chain_is_the_completed_share_of_the_first_half_rounded_up(steps, segments):
     lm = tiny()
     plan = replace(SMALL, steps=steps, segments=segments)
     training = RecurrentTraining(lm, stream(lm), plan)
@@ -254,8 +253,8 @@ def test_a_chain_is_never_shorter_than_the_share_of_the_first_half_that_is_done(
         assert reached <= training._longest_chain() < reached + 1
 
 
-def test_a_step_has_about_the_positions_that_were_asked_for():
-    """Each segment is read between memory and slots, and asked for after memory and question."""
+def test_a_step_has_about_the_positions_of_its_plan():
+    """A segment is read between memory and slots, and predicted after memory and question."""
     training = RecurrentTraining(tiny(), stream(tiny()), replace(SMALL, steps=8, positions=400))
     seen: list[tuple[int, int, int]] = []
     given = training._windows
@@ -278,7 +277,7 @@ def test_a_step_has_about_the_positions_that_were_asked_for():
 
 
 def test_the_last_memory_is_noisy_in_training():
-    """By the plan's share of its size."""
+    """The size of the noise is the plan's share of the memory's size."""
 
     def memories(noise):
         seen = []
@@ -293,8 +292,8 @@ def test_the_last_memory_is_noisy_in_training():
     assert added.sqrt() == pytest.approx(0.5, rel=0.1)
 
 
-def test_the_noise_of_the_last_memory_is_a_constant_of_the_gradient():
-    """Its size follows the memory, but the memory is not trained to make it small."""
+def test_the_gradient_takes_the_noise_of_the_last_memory_as_constant():
+    """Its size is a share of the memory's, but the memory is not trained to reduce it."""
     lm = tiny()
     training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=0.5))
     descend, seen = training._descend, []
@@ -313,7 +312,7 @@ def test_the_noise_of_the_last_memory_is_a_constant_of_the_gradient():
 
 
 def test_questions_and_first_memory_move_at_a_higher_rate():
-    """From an even rate to a hundredth of it, as in every training."""
+    """Theirs is ten times as high; both fall linearly to a hundredth, as in every training."""
     lm, rates = tiny(), []
     training = RecurrentTraining(lm, stream(lm), replace(SMALL, warmup=0))
     groups = training.optimizer.param_groups
@@ -325,7 +324,7 @@ def test_questions_and_first_memory_move_at_a_higher_rate():
     assert [rate for _, rate in rates] == pytest.approx([10 * rate for rate in even])
 
 
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     lm, partial = tiny(), tmp_path / "e.partial"
     _, seen = stopped_and_resumed(
         lambda: RecurrentTraining(lm, stream(lm), SMALL), partial, 2, monkeypatch
@@ -336,8 +335,8 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_learns_to_give_earlier_segments_back():
-    """After training the memory says more of every lag than before."""
+def test_training_reduces_the_loss():
+    """The mean loss of the last 15 steps is more than a tenth below that of the first 15."""
     lm = tiny()
     plan = replace(SMALL, steps=80, hidden=32, positions=200, lr=3e-3, segments=2)
     seen = []
@@ -346,7 +345,7 @@ def test_training_learns_to_give_earlier_segments_back():
     assert late < 0.9 * early
 
 
-# ---------------------------------------------------------------------- what cannot be
+# ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -359,7 +358,7 @@ def test_training_learns_to_give_earlier_segments_back():
         ({"hidden": 15}, "hidden must be a multiple of 2"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(changes, says):
+def test_wrong_plans_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):
         replace(SMALL, **changes)
 
@@ -397,9 +396,9 @@ def test_documents_and_encoders_that_cannot_be_compared_are_refused():
             compare_segments(recurrent, ids, segments, lags=lags)
     with pytest.raises(MemvecError, match="do not fit the context"):
         compare_segments(recurrent, stream(lm, 150)[None], 50, recipe=Recipe(steps=1))
-    back = compare_segments(recurrent, stream(lm, 150)[None], 50)  # it reads segment by segment
+    back = compare_segments(recurrent, stream(lm, 150)[None], 50)  # nothing is crammed whole
     assert back.chains[-1].segments == 50
-    for tokens in (126, 127):  # and two vectors, in a context of 128
+    for tokens in (126, 127):  # with two vectors, 126 tokens fill the context
         recurrent.encoder.segment = tokens
         refused = pytest.raises(MemvecError, match="do not fit the context")
         with refused if tokens == 127 else nullcontext():
@@ -413,8 +412,8 @@ def test_damaged_files_are_refused(tmp_path):
     shape = encoder_of(lm).settings()
 
     def written(**changes):
-        told = {"kind": "recurrent", "shape": json.dumps(shape | changes)}
-        save_file(tensors, file, told)
+        metadata = {"kind": "recurrent", "shape": json.dumps(shape | changes)}
+        save_file(tensors, file, metadata)
         return file
 
     for changes, says in [
@@ -434,7 +433,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_what_decodes():
+def test_measured_leading_tokens_are_those_that_decode():
     lm = with_encoder(tiny(), encoder_of(tiny()))
     ids = stream(lm, 18, seed=3).view(2, 9)
     found = compare_segments(lm, ids, 3, recipe=QUICK)
@@ -450,7 +449,7 @@ def test_what_is_measured_is_what_decodes():
             assert at.leading[row] == ([*right, False].index(False))
             assert at.right[row] >= at.leading[row]
     assert (found.vectors, found.segment, found.documents) == (2, T, 2)
-    assert found.alone == (T,) * 6  # three tokens in two vectors are always exact
+    assert found.alone == (T,) * 6  # three tokens in two vectors are exact here
     assert found.chains[0].whole == (T, T)
     for chain in found.chains:
         own = [at for at in found.lags if at.segments == chain.segments]
@@ -460,12 +459,12 @@ def test_what_is_measured_is_what_decodes():
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_lag_is_compared_with_its_own_segment(lag):
-    """Row 0 is what decodes there, row 1 differs from it in the last token."""
+    """The segment of row 0 is what decodes; that of row 1 differs in the last token."""
     lm = with_encoder(tiny(), encoder_of(tiny()))
     memory = recurrent_of(lm).memories(lm, stream(lm, 18, seed=3).view(2, 9), T)[-1]
     decoded = torch.tensor(decode_ids(lm, recurrent_of(lm).asked(memory, lag), [T] * 2))
     decoded[1, -1] = 2 if decoded[1, -1] != 2 else 3
-    ids = torch.where(decoded != 4, 4, 5).repeat(1, 3)  # segments that are wrong everywhere
+    ids = torch.where(decoded != 4, 4, 5).repeat(1, 3)  # no token of the other segments is right
     ids[:, (2 - lag) * T : (3 - lag) * T] = decoded
     found = recall(lm, memory, ids, lag)
     assert (found.segments, found.lag) == (3, lag)
@@ -478,7 +477,7 @@ def recipe(monkeypatch):
     return importlib.import_module("recurrent")
 
 
-def test_the_study_asks_for_what_the_recipe_trains(recipe):
+def test_the_study_uses_the_encoder_that_the_recipe_trains(recipe):
     spec = read_spec(ROOT / "studies" / "recurrent.toml")
     words, options = recipe.command(["--text", "novels.parquet"]), recipe.OPTIONS
     (run,) = spec.runs
@@ -489,7 +488,7 @@ def test_the_study_asks_for_what_the_recipe_trains(recipe):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(command, recipe, tmp_path):
+def test_the_command_trains_and_measures_a_recurrent_encoder(command, recipe, tmp_path):
     folder, text, file = (tmp_path / name for name in ("model", "text.txt", "encoder.safetensors"))
     tokenizer = byte_tokenizer()
     build("llama", 0, vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -571,7 +570,7 @@ def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "out"
 
 
-def test_rows_are_measured_recomputed_and_shown(study):
+def test_rows_of_a_study_are_recomputed_and_reported(study):
     found = check_study(study)
     assert found["wrong"] == []
     (sentence,) = found["unchecked"]
@@ -601,8 +600,7 @@ def test_rows_are_measured_recomputed_and_shown(study):
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-def test_what_is_crammed_beside_is_stored_as_asked(monkeypatch, storage):
-    """The engine of the controls has the storage of the rows that they stand beside."""
+def test_segments_crammed_for_comparison_have_the_storage_of_their_rows(monkeypatch, storage):
     asked = []
 
     class Seen(Engine):
@@ -615,8 +613,8 @@ def test_what_is_crammed_beside_is_stored_as_asked(monkeypatch, storage):
     assert asked == [str(storage).removeprefix("torch.")]
 
 
-def test_each_segment_is_crammed_beside_its_own_lag(monkeypatch):
-    """The newest segment first, as they are asked for."""
+def test_segments_are_crammed_for_comparison_in_the_order_of_their_lags(monkeypatch):
+    """Lag 0 is the newest segment."""
     lm, beside = tiny(), []
     (outcome,) = Engine(lm, QUICK, vectors=2).run([Passage((3, 4, 5, 6, 7, 8))])
     memory = torch.zeros(1, 2, lm.width)
@@ -636,7 +634,7 @@ def test_each_segment_is_crammed_beside_its_own_lag(monkeypatch):
     assert (row["alone"], len(row["back"])) == ([2, 2], 2)
 
 
-def test_a_changed_result_is_found(study):
+def test_the_check_of_a_study_names_changed_results(study):
     for changed in [
         {"back": [3, 3], "right": [0, 0], "segment": 4},
         {"memory": [[0.5] * 64] * 2},
@@ -652,7 +650,7 @@ def test_a_changed_result_is_found(study):
     restore(study, before)
 
 
-def test_an_encoder_that_is_gone_is_one_sentence(study):
+def test_a_missing_encoder_is_refused(study):
     file = study.parent / "r.safetensors"
     aside = shutil.move(file, study.parent / "aside")
     from memvec.lab.protocols import recurrent
@@ -674,7 +672,7 @@ def test_an_encoder_that_is_gone_is_one_sentence(study):
         ("", "needs the option 'encoder'"),
     ],
 )
-def test_runs_that_cannot_be_are_one_sentence(change, sentence):
+def test_wrong_options_of_a_run_are_refused(change, sentence):
     text = STUDY.split("encoder =")[0] + "lengths = [3]\n" + change
     if change:
         text += '\nencoder = "r.safetensors"\n'
@@ -691,7 +689,7 @@ def test_runs_that_cannot_be_are_one_sentence(change, sentence):
         ("vectors = [2]", "vectors = [2]\nlags = 3", "lags must be at most 2"),
     ],
 )
-def test_cells_that_do_not_fit_the_encoder_are_one_sentence(tmp_path, folder, old, new, sentence):
+def test_cells_that_do_not_fit_the_encoder_are_refused(tmp_path, folder, old, new, sentence):
     text = spec_text(folder, written_encoder(folder, tmp_path / "r.safetensors"))
     text = text.replace(old, new).replace("steps = 40", "steps = 2")
     spec = parse_spec(text, "test")

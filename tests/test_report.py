@@ -1,4 +1,4 @@
-"""Reports: every table and figure, a page that renders, and numbers that are the store's."""
+"""Reports of studies: tables, figures and the page, and their numbers from the store."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def study(every_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
-def test_every_table_and_figure_is_there(study: Path) -> None:
+def test_a_report_writes_every_table_and_figure(study: Path) -> None:
     tables = {p.stem for p in (study / "report/tables").glob("*.csv")}
     assert tables == TABLES
     figures = {p.stem for p in (study / "report/figures").glob("*.csv")}
@@ -97,14 +97,17 @@ def test_a_report_records_its_tables_and_figures(study: Path) -> None:
 def test_every_pair_of_restarts_is_compared(study: Path) -> None:
     with (study / "report/tables/geometry.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert (row["lines"], row["solutions"]) == ("6", "6")  # three pairs of each of two passages
+    assert (row["lines"], row["solutions"]) == (
+        "6",
+        "6",
+    )  # three pairs of restarts for each of two passages
     with Store(study / "out") as store:
         pairs = store.db.execute("SELECT first, second, number FROM paths").fetchall()
     assert len({(frozenset(pair[:2]), pair[2]) for pair in pairs}) == 6
 
 
 @pytest.mark.parametrize("lowest", [1.0, 0.5])
-def test_the_caption_on_restarts_follows_the_lines(study: Path, lowest: float) -> None:
+def test_the_caption_on_restarts_counts_lines_with_a_dip(study: Path, lowest: float) -> None:
     with Store(study / "out") as store:
         data = read_data(store)
         geometry = protocol_of("geometry")
@@ -116,7 +119,7 @@ def test_the_caption_on_restarts_follows_the_lines(study: Path, lowest: float) -
     assert f"On {dips} of 2 straight lines" in plot.caption
 
 
-def test_the_tables_numbers_are_the_stores(study: Path) -> None:
+def test_the_table_of_exact_horizons_has_the_means_of_the_store(study: Path) -> None:
     with (study / "report/tables/exact.csv").open() as file:
         rows = list(csv.reader(file))[1:]
     with Store(study / "out") as store:
@@ -146,7 +149,7 @@ def tables_of(folder: Path) -> dict[str, Table]:
 
 
 @pytest.mark.slow
-def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) -> None:
+def test_a_report_has_only_the_rows_of_the_last_spec(tmp_path: Path) -> None:
     for steps, passages in ((1, 3), (4, 3), (4, 2)):
         text = HEAD + ONE_CELL.replace("= 3", f"= {passages}") + f"recipe = {{ steps = {steps} }}"
         run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
@@ -162,11 +165,18 @@ def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) ->
                 ]
             )
             planned = read_rows(store)["planned"].tolist()
-    assert planned == [True, True, False, False, False, False]  # none was thrown away
+    assert planned == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]  # rows of earlier specs stay in the store
 
 
 @pytest.mark.slow
-def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
+def test_every_recipe_has_its_own_rows(tmp_path: Path) -> None:
     one = ONE_CELL + "recipe = { steps = 1 }"
     text = HEAD + one + one.replace("1", "4") + one.replace('exact"', 'paper"')
     text += one.replace('exact"', 'threshold"').replace("1", "4")
@@ -174,7 +184,7 @@ def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
     tables = tables_of(tmp_path / "out")
     assert [row[1] for row in tables["exact"].rows] == [f"random-tokens, steps {n}" for n in (1, 4)]
     assert [row[6] for row in tables["exact"].rows] == [3, 3]
-    # 'paper' and 'threshold' share a plane, and these two differ by their steps.
+    # The protocols 'paper' and 'threshold' share a table; their recipes differ in the steps.
     rows = tables["threshold"].rows
     assert [row[2] for row in rows] == [
         f"{t}, steps {n}" for n in (1, 4) for t in ("all", "random")
@@ -183,7 +193,7 @@ def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
 
 
 def made_up(folder: Path, text: str, **columns: Callable[[Cell, int], object]) -> dict[str, Table]:
-    """Tables of a study whose rows are `alike` but for these columns; extra as JSON's objects."""
+    """Tables of a study with the rows of `alike`, in which `columns` replace values."""
     planned = expand(parse_spec(text, "test"))
     with Store(folder, write=True) as store:
         store.plan(planned, {"random-tokens"}, {"name": "made up"})
@@ -207,9 +217,7 @@ def block(protocol: str, more: str) -> str:
 
 
 @pytest.mark.parametrize("protocol", ["context", "copy", "upper-bound", "geometry"])
-def test_lengths_and_numbers_of_vectors_have_rows_of_their_own(
-    tmp_path: Path, protocol: str
-) -> None:
+def test_every_length_and_number_of_vectors_has_its_own_rows(tmp_path: Path, protocol: str) -> None:
     more = "lengths = [3, 5]\nvectors = [1, 2]\nseeds = [0, 1]\n"
     table = made_up(tmp_path, HEAD + block(protocol, more))[protocol]
     at = [table.columns.index(name) for name in ("length", "K")]
@@ -218,8 +226,8 @@ def test_lengths_and_numbers_of_vectors_have_rows_of_their_own(
     assert {row[table.columns.index("n")] for row in table.rows if "n" in table.columns} <= {2}
 
 
-def test_context_removes_bits_of_the_passages_that_have_it(tmp_path: Path) -> None:
-    """Only the hard passage has 64 tokens before it, and they leave half of its bits."""
+def test_the_row_of_a_context_is_of_the_passages_that_have_it(tmp_path: Path) -> None:
+    """Only the passage of 100 bits has 64 tokens before it, and they leave half of its bits."""
     table = made_up(
         tmp_path,
         HEAD + block("context", "lengths = [3]\nvectors = [1, 2]\n"),
@@ -234,7 +242,7 @@ def test_context_removes_bits_of_the_passages_that_have_it(tmp_path: Path) -> No
         assert found[K, f"{K} vector{'s' * (K > 1)}"] == (K, pytest.approx(100 - 100 * K / 55), 2)
 
 
-def test_bytes_are_those_of_texts_that_came_back(tmp_path: Path) -> None:
+def test_the_table_of_bytes_counts_the_texts_of_exact_passages(tmp_path: Path) -> None:
     text = block("exact", "lengths = [3, 5]\nvectors = [1, 4]\n")
     text = HEAD + text + block("paper", "lengths = [3]\n")
     table = made_up(
@@ -251,11 +259,11 @@ def test_bytes_are_those_of_texts_that_came_back(tmp_path: Path) -> None:
         assert row[4:7] == [2, "50 % [9, 91]", size]
         assert row[-1] == pytest.approx(size / (K * reader().width * 4))
         assert row[7] == pytest.approx(size / len(zlib.compress(b"5 0" * 9, 9)))
-        assert row[-2] == pytest.approx(size / (24 / 8))  # lm_bits of `alike`
+        assert row[-2] == pytest.approx(size / (24 / 8))  # the rows of `alike` have 24 lm_bits
     assert found["paper", 1][4:] == [2, "0 % [0, 66]", 0, *[None] * 6]
 
 
-def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None:
+def test_recipes_that_differ_in_many_fields_are_numbered(tmp_path: Path) -> None:
     text = HEAD + ONE_CELL + ONE_CELL + 'recipe = { preset = "paper" }'
     with Store(tmp_path, write=True) as store:
         store.plan(expand(parse_spec(text, "test")), set(), {})
@@ -275,14 +283,14 @@ def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Pat
     assert exact[6] == 4
     expected = mean_interval([2, 3, 4, 5])  # 1 + number + the mean seed
     assert exact[3:6] == pytest.approx([expected.mean, expected.low, expected.high])
-    assert exact[10].startswith("100 %")  # each has a restart that came back whole
+    assert exact[10].startswith("100 %")  # one restart of each passage is exact
     assert [row[3] for row in tables["one-step"].rows] == ["0 % [0, 66]"] * 4
     for key, n in (("vectors", {2}), ("copy", {2}), ("upper-bound", {2}), ("utilisation", {2, 4})):
         assert {row[-1] for row in tables[key].rows} == n, key
-    assert [row[-1] for row in tables["geometry"].rows] == [6]  # which is about restarts
+    assert [row[-1] for row in tables["geometry"].rows] == [6]  # the lines between restarts
 
 
-def test_means_of_every_protocol_have_their_intervals(study: Path) -> None:
+def test_means_in_tables_are_inside_their_intervals(study: Path) -> None:
     for key, names in (
         ("copy", ("removed by vectors", "removed by copy", "accuracy, copy")),
         ("upper-bound", ("least moved", "removed", "raised logit / removed, %")),
@@ -299,7 +307,9 @@ def test_means_of_every_protocol_have_their_intervals(study: Path) -> None:
         assert any(row[head.index(names[0]) + 1] for row in rows), key
 
 
-def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study: Path) -> None:
+def test_tables_are_written_in_every_format(
+    capsys: pytest.CaptureFixture[str], study: Path
+) -> None:
     for form in FORMATS:
         report(study / "out", study / "again", format_=form, figures=False)
         assert "exact" in capsys.readouterr().out.lower()
@@ -373,7 +383,7 @@ def test_the_page_renders_in_a_browser(study: Path, tmp_path: Path) -> None:
         timeout=180,
         env=os.environ | {"HOME": str(tmp_path)},
     ).stdout
-    assert 'data-ready="yes"' in dom  # set by the script's last line
+    assert 'data-ready="yes"' in dom  # the last line of the script sets it
     with Store(study / "out") as store:
         data = read_data(store)
         tables, plots = all_tables(data, compare=True), all_plots(data, compare=True)
@@ -385,7 +395,7 @@ def test_the_page_renders_in_a_browser(study: Path, tmp_path: Path) -> None:
     assert "<option" in dom
 
 
-def test_text_in_a_passage_cannot_leave_its_place(study: Path) -> None:
+def test_text_in_the_data_of_the_page_cannot_end_its_script(study: Path) -> None:
     with Store(study / "out") as store:
         data = read_data(store)
         for about in ("</script><script>alert(1)</script>", "<!-- a <script>", "<ScRiPt <!--"):
@@ -411,15 +421,15 @@ def test_brackets_in_a_table_are_no_markup(
     assert "random-tokens [/b]" in capsys.readouterr().out
 
 
-def test_a_study_without_rows_is_told(tmp_path: Path) -> None:
+def test_a_study_without_rows_is_refused(tmp_path: Path) -> None:
     Store(tmp_path, write=True).close()
     with pytest.raises(MemvecError, match="has no rows yet"):
         write_report(tmp_path, tmp_path / "report")
 
 
 @pytest.mark.slow
-def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
-    """No spread, no interval, one passage: every mean and figure has to cope."""
+def test_a_study_of_one_passage_makes_a_report(tmp_path: Path) -> None:
+    """Its means have no intervals, and its figures no spread."""
     spec = spec_in(tmp_path, EVERYTHING.replace("passages = 2", "passages = 1"))
     planned = expand(spec, tmp_path)
     with Store(tmp_path / "out", write=True) as store:
@@ -440,7 +450,7 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
     assert all("; n 1, 23 bits" in card and "nan" not in card for card in cards)
 
 
-def test_axes_show_no_half_of_a_token_and_no_share_above_one():
+def test_axes_have_ticks_at_whole_tokens_and_shares_up_to_1():
     panels = [
         Panel(
             "whole", "tokens", "share of passages", [Series("a", [0.0, 12.0], [1.0, 1.0], "line")]
@@ -494,13 +504,13 @@ def alike(cell: str, number: int, K: int, protocol: str) -> StoreEntry:
 
 
 @pytest.mark.parametrize("terminal", [None, 40, 200])
-def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
-    """A row is a line where there is no terminal; on a narrow one what is the same stands above."""
+def test_a_printed_table_has_every_cell_at_any_width(terminal, monkeypatch, capsys):
+    """A row is one line, except on a narrow terminal; there, equal values are above the table."""
     rows = [[f"model {i}", "novels", f"{i}.25", "always the same words"] for i in range(3)]
     columns = ["model", "source", "bits", "note"]
     table = Table("do", "How they do", "What they are.", columns, rows)
     if terminal is not None:
-        monkeypatch.setenv("TERM", "xterm")  # a dumb one is 80 columns wide, whatever it says
+        monkeypatch.setenv("TERM", "xterm")  # rich gives a dumb terminal 80 columns
         plain = Console(force_terminal=True, color_system=None, width=terminal)
         monkeypatch.setattr(display, "out", plain)
     print_report_table(table, "text")
@@ -522,8 +532,8 @@ def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
         (14, "x"),
     ],
 )
-def test_a_legend_with_many_or_long_names_stands_below_the_panels(series, name):
-    """Otherwise it would cover the curves, and panels would have no width (matplotlib warns)."""
+def test_a_legend_with_many_or_long_names_is_below_the_panels(series, name):
+    """Inside, it would cover the curves and leave no width to the panels (matplotlib warns)."""
     names = [f"{name} {i}" for i in range(series)]
     curves = [
         Series(name=own, x=[0.0, 1.0], y=[float(i), i + 1.0], mark="line")

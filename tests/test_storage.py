@@ -1,4 +1,4 @@
-"""Fewer bits: what is stored is what was measured, packed bytes are counted, damage is refused."""
+"""Storages: rounding and packing, exactness as stored, counted bytes, and damaged files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(*shape: int, size: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1e-38, 1e-4, 1.0, 1e4, 1e36])
 @pytest.mark.parametrize("D", [1, 2, 7, 64])
 @pytest.mark.parametrize("name", STORAGES)
-def test_rounding_twice_is_rounding_once_and_packing_loses_nothing(name, D, size):
+def test_rounding_is_idempotent_and_packing_is_lossless(name, D, size):
     storage, vectors = STORAGES[name], noise(5, 3, D, size=min(size, 1e4 if "16" in name else size))
     vectors[0, 0] = 0
     rounded = storage.rounded(vectors)
@@ -49,7 +49,7 @@ def test_rounding_twice_is_rounding_once_and_packing_loses_nothing(name, D, size
 
 @pytest.mark.parametrize("name", PACKED)
 def test_codes_are_the_nearest_ones(name):
-    """Against a search over all codes, and never further off than half a step."""
+    """The reference is a search over all codes."""
     storage, vectors = STORAGES[name], noise(2, 3, 9)
     scale = (vectors.abs().amax(-1, keepdim=True) / storage.largest).bfloat16().float()
     codes = torch.arange(-storage.largest, storage.largest + 1.0)
@@ -60,15 +60,15 @@ def test_codes_are_the_nearest_ones(name):
         assert (largest.abs().amax(-1) == 127).all()
 
 
-def test_four_bit_codes_lie_two_to_a_byte():
+def test_two_four_bit_codes_share_a_byte():
     tensors = STORAGES["int4"].pack(torch.tensor([[[-7.0, 3.0, 0.0]]]))
     assert tensors["codes"].tolist() == [[[1 | 11 << 4, 8]]]
     assert tensors["scales"].tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("name", STORAGES)
-def test_numbers_that_are_not_finite_stay_so(name):
-    """So that nothing is called exact whose vectors were not finite."""
+def test_rounding_keeps_numbers_that_are_not_finite(name):
+    """Otherwise vectors that diverged could be called exact."""
     for bad in (torch.nan, torch.inf):
         vectors = noise(1, 2, 4)
         vectors[0, 1, 2] = bad
@@ -85,7 +85,7 @@ def test_rounding_to_integers_lets_gradients_through(name):
     assert torch.equal(gradient, torch.arange(8.0).expand(2, 1, 8))
 
 
-def test_storages_have_names():
+def test_a_storage_is_found_by_its_name_or_dtype():
     assert storage_of(torch.bfloat16) is storage_of("bfloat16") is STORAGES["bfloat16"]
     with pytest.raises(MemvecError, match=r"unknown storage 'int2': did you mean 'int"):
         storage_of("int2")
@@ -99,8 +99,8 @@ def test_storages_have_names():
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("name", STORAGES)
-def test_exact_however_it_is_decoded(name, K, tmp_path):
-    """Seven passages; from the file; with and without a cache; one by one and together."""
+def test_passages_are_exact_in_every_storage_with_and_without_cache_and_batch(name, K, tmp_path):
+    """Seven passages are read from the file and decoded one by one and together."""
     lm = reader("words")
     asked = ["the cat sat", "Fox", "lazy dog", "on the mat", "dog and cat", "mat mat", "quick fox"]
     mem = codec.cram(lm, asked, vectors=K, tokens=3, recipe=QUICK, storage=name)
@@ -119,7 +119,7 @@ def test_exact_however_it_is_decoded(name, K, tmp_path):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("family", ["gpt2", "mamba"])
-def test_what_is_kept_is_what_was_measured(family, name):
+def test_returned_vectors_are_rounded_and_have_the_required_margin(family, name):
     lm, storage = tiny(family), STORAGES[name]
     for o in Engine(lm, QUICK, vectors=2, batch_size=2, storage=name).run(passages(2, 3)):
         assert o.exact
@@ -130,7 +130,7 @@ def test_what_is_kept_is_what_was_measured(family, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKED)
-def test_a_passage_that_does_not_fit_its_bits_is_halved(name):
+def test_a_passage_that_is_too_long_for_its_storage_is_halved(name):
     recipe = replace(QUICK, steps=60, patience=30)
     mem = codec.cram(reader(), [TEXT[:30]], tokens=16, recipe=recipe, storage=name)
     assert mem.exact
@@ -157,12 +157,12 @@ def test_packed_bytes_and_scales_are_counted(mem, tmp_path):
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == mem.size
 
 
-def forged(mem: MemVectors, path, change, *, honest: bool = False):
-    """A file whose tensors were changed; `honest`: the digest still is that of the true ones."""
+def forged(mem: MemVectors, path, change, *, old_digest: bool = False):
+    """Write a file with changed tensors; with `old_digest` it has the digest of the others."""
     tensors, header = mem.storage.pack(mem.vectors), mem.header.model_dump_json()
     true = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors = change(tensors)
-    digest = digest_of(header, true if honest else tensors)
+    digest = digest_of(header, true if old_digest else tensors)
     path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": digest}))
     return path
 
@@ -171,9 +171,9 @@ def scaled(factor):
     return lambda t: t | {"scales": t["scales"] * factor}
 
 
-def test_a_changed_scale_is_refused_or_decodes_to_nothing(mem, tmp_path):
+def test_a_changed_scale_is_refused_or_does_not_decode(mem, tmp_path):
     with pytest.raises(MemvecError, match="was changed after it was written"):
-        MemVectors.load(forged(mem, tmp_path / "a.mem", scaled(4), honest=True))
+        MemVectors.load(forged(mem, tmp_path / "a.mem", scaled(4), old_digest=True))
     wrong = MemVectors.load(forged(mem, tmp_path / "b.mem", scaled(2**-40)))
     with pytest.raises(NotExactError):
         wrong.tokens(reader())
@@ -208,7 +208,7 @@ def _four(tensors) -> bool:
     return tensors["codes"].dtype == torch.uint8
 
 
-def test_a_packing_that_is_not_held_is_refused(mem, tmp_path):
+def test_tensors_that_contradict_the_packing_of_the_header_are_refused(mem, tmp_path):
     with pytest.raises(MemvecError, match="not one of memvec's"):
         MemVectors.load(forged(mem, tmp_path / "a.mem", lambda t: {"codes": t["codes"]}))
     header = mem.header.model_copy(update={"packing": None}).model_dump_json()
@@ -223,7 +223,7 @@ def test_a_packing_that_is_not_held_is_refused(mem, tmp_path):
 @pytest.mark.parametrize("D", [1, 2, 7, 32, 33])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "int8", "int4"])
 def test_the_size_of_vectors_is_that_of_their_tensors(name, D):
-    """Of an odd number of four-bit codes, too: half a byte is left over in each vector."""
+    """With an odd number of four-bit codes, half a byte of each vector is unused."""
     storage = storage_of(name)
     packed = storage.pack(torch.randn(3, 2, D, generator=torch.Generator().manual_seed(0)))
     assert storage.size(3 * 2, D) == sum(t.numel() * t.itemsize for t in packed.values())
