@@ -1,4 +1,4 @@
-"""Loading, refusing and identifying models; what a frozen model answers."""
+"""Loading models, refusals, fingerprints, the checks of a model, and the doctor."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ BERT = {
 }
 
 
-def says(name: object, sentence: str, **options) -> None:
-    """Loading it ends in one sentence."""
+def refused(name: object, sentence: str, **options) -> None:
+    """Loading the model is refused in one line that matches `sentence`."""
     with pytest.raises(MemvecError, match=sentence) as error:
         load_lm(str(name), **options)
     assert "\n" not in str(error.value)
@@ -52,7 +52,7 @@ def says(name: object, sentence: str, **options) -> None:
 # ---------------------------------------------------------------------- loading
 
 
-def test_a_folder_loads_and_is_the_same_model(folder):
+def test_a_model_loaded_from_a_folder_has_the_logits_that_were_saved(folder):
     lm, again = load_lm(str(folder)), reader()
     assert lm.fingerprint.matches(again.fingerprint)
     assert lm.name == str(folder)
@@ -71,8 +71,8 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(folder, dtype):
 
 
 @pytest.mark.slow
-def test_the_fingerprint_of_a_deep_model_does_not_depend_on_the_dtype_either():
-    """Rounding adds up over layers: such a model was refused in another dtype."""
+def test_the_fingerprint_of_a_deep_model_does_not_depend_on_the_dtype():
+    """Rounding errors add up over 48 layers; one matrix with the opposite sign is recognised."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 48}
     model = build("llama", vocab_size=2000, initializer_range=0.15, **sizes).to(torch.bfloat16)
     short, full = FrozenLM(model).fingerprint, FrozenLM(copy.deepcopy(model).float()).fingerprint
@@ -91,7 +91,7 @@ def test_the_fingerprint_of_a_deep_model_does_not_depend_on_the_dtype_either():
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.down_proj.weight"]
 )
-def test_the_fingerprint_knows_other_weights(folder, tmp_path, name):
+def test_the_fingerprint_depends_on_each_weight_matrix(folder, tmp_path, name):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     weights = load_file(copy / "model.safetensors")
@@ -101,8 +101,8 @@ def test_the_fingerprint_knows_other_weights(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("trained", ["lm_head.weight", "model.layers.0.mlp.down_proj.weight"])
-def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
-    """Neither are vectors stored under its old fingerprint, nor old ones decoded with it."""
+def test_a_model_whose_weights_were_trained_after_loading_is_refused(trained, monkeypatch):
+    """Its old fingerprint would be stored with new vectors and would fit old ones."""
     tokenizer = byte_tokenizer()
     model = build("llama", vocab_size=len(tokenizer))
     lm = FrozenLM(model, tokenizer)
@@ -113,7 +113,7 @@ def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
     optimizer.step()
     new = FrozenLM(model, tokenizer)
     assert not new.fingerprint.matches(lm._fingerprint)
-    monkeypatch.setattr(Engine, "run", None)  # refused before any work
+    monkeypatch.setattr(Engine, "run", None)  # the refusal comes before any step
     for use in (lambda: decode(lm, mem), lambda: cram(lm, "abc", recipe=Recipe(steps=2))):
         with pytest.raises(MemvecError, match="weights of in-memory were changed after"):
             use()
@@ -122,7 +122,7 @@ def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
 
 
 def test_a_model_in_training_mode_is_refused():
-    """Its dropout would change every pass; evaluation mode is enough to go on."""
+    """Its dropout would change every pass; `eval` makes the model usable again."""
     tokenizer = byte_tokenizer()
     model = build("gpt2", vocab_size=len(tokenizer))
     lm = FrozenLM(model.train(), tokenizer)
@@ -138,8 +138,8 @@ def test_a_model_in_training_mode_is_refused():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
-def test_a_copy_of_a_model_is_unchanged_where_the_model_was(copied):
-    """PyTorch counts the changes of a copy anew; a worker gets its model so."""
+def test_a_copy_of_a_model_is_changed_if_and_only_if_the_model_was(copied):
+    """PyTorch counts the changes of a copy from 0; a worker gets a copy of the model."""
     lm = FrozenLM(build("llama"))
     copied(lm).check_unchanged()
     lm.model.half()
@@ -148,7 +148,7 @@ def test_a_copy_of_a_model_is_unchanged_where_the_model_was(copied):
             changed.check_unchanged()
 
 
-def test_a_model_in_float64_is_served():
+def test_a_model_in_float64_is_crammed_and_decoded():
     model = build("llama").double()
     lm = FrozenLM(model)
     (outcome,) = Engine(lm, Recipe(steps=400)).run(passages(3))
@@ -156,10 +156,10 @@ def test_a_model_in_float64_is_served():
     assert decode_ids(lm, outcome.vectors[None], [3]) == [list(outcome.passage.ids)]
 
 
-# PEFT 0.21 asks transformers 5.24 under the old name (2026-11-30).
+# PEFT 0.21 reads a deprecated attribute of transformers 5.24 (2026-11-30).
 @pytest.mark.filterwarnings(r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_wrappers_of_other_libraries_hide_nothing():
-    """Adapters of PEFT compute in the module inside; virtual tokens do not, and are refused."""
+def test_compiled_and_adapted_models_are_unwrapped_and_prompt_tuning_is_refused():
+    """PEFT computes LoRA in the inner model, but prompt tuning outside it."""
     model, compiled = build("llama"), nn.Module()
     compiled._orig_mod = model  # as torch.compile keeps it
     assert FrozenLM(compiled).model is model
@@ -177,19 +177,19 @@ def test_wrappers_of_other_libraries_hide_nothing():
         FrozenLM(peft.get_peft_model(build("llama"), virtual))
 
 
-def test_one_number_of_the_embedding_makes_another_model():
+def test_the_fingerprint_depends_on_each_number_of_the_embedding():
     model = build("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[3, 4] += 0.1
     assert not FrozenLM(model).fingerprint.matches(tiny().fingerprint)
 
 
-def test_names_that_are_no_model(tmp_path):
-    says("nobody-at-all/nothing-here", "could not be reached|neither a folder nor a model")
-    says(tmp_path, r"there is no config\.json")
-    says("./no/such/folder", r"there is no config\.json")
-    says("~/no-such-folder", r"there is no config\.json")
-    says("two words / not a name", "neither a folder nor a model|could not be")
+def test_names_that_are_no_model_are_refused(tmp_path):
+    refused("nobody-at-all/nothing-here", "could not be reached|neither a folder nor a model")
+    refused(tmp_path, r"there is no config\.json")
+    refused("./no/such/folder", r"there is no config\.json")
+    refused("~/no-such-folder", r"there is no config\.json")
+    refused("two words / not a name", "neither a folder nor a model|could not be")
 
 
 @pytest.mark.parametrize(
@@ -201,50 +201,50 @@ def test_names_that_are_no_model(tmp_path):
         ({"device": "meta"}, "unknown device 'meta'"),
     ],
 )
-def test_devices_and_dtypes_that_are_not(folder, options, sentence):
-    says(folder, sentence, **options)
+def test_unknown_devices_and_dtypes_are_refused(folder, options, sentence):
+    refused(folder, sentence, **options)
 
 
-def test_a_gpu_that_is_not_there(folder, monkeypatch):
+def test_a_missing_gpu_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    says(folder, "no usable GPU", device="cuda:0")
+    refused(folder, "no usable GPU", device="cuda:0")
     assert load_lm(str(folder)).device.type == "cpu"
 
 
-def test_folders_that_are_no_causal_lm(tmp_path):
+def test_models_that_are_no_causal_lm_are_refused(tmp_path):
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL))
     t5.save_pretrained(tmp_path / "t5")
-    says(tmp_path / "t5", "is an encoder-decoder")
+    refused(tmp_path / "t5", "is an encoder-decoder")
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
     bert.save_pretrained(tmp_path / "bert")
-    says(tmp_path / "bert", r"is a bert \(BertForMaskedLM\), not a causal LM")
+    refused(tmp_path / "bert", r"is a bert \(BertForMaskedLM\), not a causal LM")
     vit = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     vit.save_pretrained(tmp_path / "vit")
-    says(tmp_path / "vit", "is a vit .*not a causal LM")
+    refused(tmp_path / "vit", "is a vit .*not a causal LM")
 
 
-def test_folders_with_something_missing(folder, tmp_path):
+def test_folders_with_missing_or_damaged_files_are_refused(folder, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     (bare / "model.safetensors").unlink()
-    says(bare, "no weights that transformers can load")
+    refused(bare, "no weights that transformers can load")
     headless = tmp_path / "headless"
     shutil.copytree(folder, headless)
     weights = load_file(headless / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, headless / "model.safetensors", {"format": "pt"})
-    says(headless, r"no weights for 1 tensors of a causal LM \(first: lm_head\.weight\)")
+    refused(headless, r"no weights for 1 tensors of a causal LM \(first: lm_head\.weight\)")
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
-    says(broken, "could not be loaded|no weights")
+    refused(broken, "could not be loaded|no weights")
     (broken / "config.json").write_text("{")
-    says(broken, "could not be loaded|not a valid JSON")
+    refused(broken, "could not be loaded|not a valid JSON")
     (broken / "config.json").write_text('{"model_type": "no-such-type"}')
-    says(broken, "could not be loaded|no-such-type")
+    refused(broken, "could not be loaded|no-such-type")
 
 
-def test_extras_of_a_folder_are_read_and_checked(folder, tmp_path):
+def test_facts_and_encoder_of_a_folder_are_read_and_checked(folder, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(folder, own)
     (own / "memvec.json").write_text(json.dumps({"bits_per_vector": {"1": 9.0}}))
@@ -259,11 +259,11 @@ def test_extras_of_a_folder_are_read_and_checked(folder, tmp_path):
     assert lm.facts["bits_per_vector"] == {"1": 9.0}
     assert (lm.encoder.max_vectors, lm.encoder.tokens) == (2, 3)
     save_file({k: v[..., :8].clone() for k, v in tensors.items()}, own / "encoder.safetensors")
-    says(own, "made for another model")
+    refused(own, "made for another model")
     save_file({"x": torch.zeros(1)}, own / "encoder.safetensors")
-    says(own, "not an encoder")
+    refused(own, "not an encoder")
     (own / "encoder.safetensors").write_bytes(b"short")
-    says(own, "not an encoder")
+    refused(own, "not an encoder")
 
 
 # ---------------------------------------------------------------------- the one-pass encoder
@@ -271,8 +271,8 @@ def test_extras_of_a_folder_are_read_and_checked(folder, tmp_path):
 
 @pytest.mark.parametrize("tokens", [0, 2])
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
-def test_the_encoder_is_the_last_states_through_one_map(K, tokens):
-    """Against a loop over parts with the model's own body; above 2 vectors in equal parts."""
+def test_the_summary_encoder_maps_the_last_states_of_each_part(K, tokens):
+    """The reference is a loop over parts; more than 2 vectors are made of equal parts."""
     from memvec.encoders.summary import SummaryEncoder
 
     lm = tiny()
@@ -297,11 +297,11 @@ def test_the_encoder_is_the_last_states_through_one_map(K, tokens):
         torch.testing.assert_close(found[b], torch.stack(rows), rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------- what fits and what not
+# ---------------------------------------------------------------------- checks of a model
 
 
 class Wrong(nn.Module):
-    """A tiny Llama that does something else to its inputs or logits."""
+    """A tiny Llama with one fault, in its inputs, cache or logits."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -326,10 +326,10 @@ class Wrong(nn.Module):
             inputs_embeds = inputs_embeds.detach()
         if self.kind == "looks ahead":
             inputs_embeds = inputs_embeds + inputs_embeds[:, -1:] * (inputs_embeds.shape[1] > 1)
-        name = tiny().caching.argument  # of the installed transformers
+        name = tiny().caching.argument  # it depends on the version of transformers
         out = self.inner(inputs_embeds=inputs_embeds, **{name: cache}, use_cache=use_cache)
         out["cache"] = out.get(name)
-        if self.kind == "short memory":  # each block of three positions alone
+        if self.kind == "short memory":  # each block of three positions is read alone
             blocks = inputs_embeds.split(3, dim=1)
             out.logits = torch.cat([self.inner(inputs_embeds=b).logits for b in blocks], 1)
         if self.kind == "not finite":
@@ -352,7 +352,7 @@ class Wrong(nn.Module):
         ("not finite", "its logits are not finite"),
     ],
 )
-def test_a_model_that_cannot_be_served_is_refused(kind, sentence):
+def test_a_model_that_fails_a_check_is_refused(kind, sentence):
     with pytest.raises(MemvecError, match=sentence) as error:
         FrozenLM(Wrong(kind), name="wrong")
     assert "wrong cannot be crammed: " in str(error.value)
@@ -374,7 +374,7 @@ def test_a_model_that_refuses_free_vectors_is_refused():
     assert "\n" not in str(error.value)
 
 
-def test_a_sound_model_without_a_known_body_is_served_whole():
+def test_a_model_without_a_known_body_computes_all_its_logits():
     with pytest.warns(SlowPathWarning, match="computes and keeps logits everywhere"):
         lm = FrozenLM(Wrong("nothing"), name="whole")
     assert not lm.has_split_head
@@ -385,13 +385,13 @@ def test_a_sound_model_without_a_known_body_is_served_whole():
         lm.hidden(vectors, 1)
 
 
-def test_a_masked_lm_in_memory_is_refused():
+def test_a_bidirectional_model_in_memory_is_refused():
     model = transformers.BertLMHeadModel(transformers.BertConfig(**BERT, is_decoder=False))
     with pytest.raises(MemvecError, match="cannot be crammed"):
         FrozenLM(model, name="bert")
 
 
-def test_a_model_that_cannot_read_tokens_is_refused_in_a_sentence(monkeypatch):
+def test_a_model_that_cannot_read_tokens_is_refused(monkeypatch):
     model = build("llama")
 
     def strange(*_, **__):
@@ -403,14 +403,14 @@ def test_a_model_that_cannot_read_tokens_is_refused_in_a_sentence(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_configuration_that_builds_nothing_is_a_sentence(folder, tmp_path):
-    """The class of a configuration may raise anything at all."""
+def test_a_configuration_that_builds_no_model_is_refused(folder, tmp_path):
+    """The class of a configuration may raise any exception."""
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     config = json.loads((broken / "config.json").read_text())
     for change in ({"num_attention_heads": 0}, {"hidden_act": "no-such"}, {"rope_parameters": 3}):
         (broken / "config.json").write_text(json.dumps(config | change))
-        says(broken, "could not be loaded|cannot be crammed")
+        refused(broken, "could not be loaded|cannot be crammed")
 
 
 def test_a_model_without_an_embedding_matrix_is_refused(monkeypatch):
@@ -428,14 +428,14 @@ def test_a_model_without_an_embedding_matrix_is_refused(monkeypatch):
         ({"bos_token_id": None, "eos_token_id": None}, None),
     ],
 )
-def test_the_token_that_starts_a_text(changes, expected):
+def test_bos_is_the_configured_token_or_the_first_eos(changes, expected):
     lm = FrozenLM(build("llama", **changes), name="it")
     assert lm.bos_id == expected
     assert lm.context == 128
 
 
 @pytest.mark.parametrize("unknown", [None, 0, -1, 10**30])
-def test_a_context_that_says_nothing_is_none(unknown):
+def test_a_context_length_that_is_no_positive_number_is_ignored(unknown):
     config = SimpleNamespace(max_position_embeddings=unknown)
     assert context_length(config) is None
     config.n_positions = 64
@@ -443,7 +443,7 @@ def test_a_context_that_says_nothing_is_none(unknown):
 
 
 def test_a_token_after_the_last_row_is_refused():
-    """Its id is the number of rows: the first that has none."""
+    """Its id equals the number of rows."""
     lm = copy.copy(tiny())
     lm.tokenizer = lambda text, **_: {"input_ids": [int(text)]}
     assert lm.tokenize(str(lm.vocab_size - 1)) == [lm.vocab_size - 1]
@@ -451,18 +451,18 @@ def test_a_token_after_the_last_row_is_refused():
         lm.tokenize(str(lm.vocab_size))
 
 
-def test_columns_that_are_never_written_do_not_widen_the_spread():
+def test_masked_logits_do_not_change_the_spread():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     masked = torch.cat([logits, torch.full((3, 2), -1e9), torch.full((3, 1), -torch.inf)], 1)
     assert logit_spread(masked) == pytest.approx(float(logits.std(1).mean()))
 
 
-def test_the_speed_of_a_model_is_that_of_texts_it_can_read():
-    """gpt2 has 128 learned positions, one of which is for the vector."""
+def test_the_speed_of_a_model_is_measured_within_its_context():
+    """This gpt2 has 128 positions, and a text of 500 tokens is asked for."""
     assert speed(tiny("gpt2"), tokens=500, batch_size=1, seconds=0.0) > 0
 
 
-def test_a_tokenizer_that_adds_bos_is_noticed():
+def test_a_tokenizer_that_adds_bos_is_recognised():
     from tokenizers import processors
 
     tokenizer = byte_tokenizer.__wrapped__(3)
@@ -491,7 +491,7 @@ def test_the_doctor_passes_a_sound_folder(folder, monkeypatch):
     assert report["facts"]["speed"].endswith("forward and backward")
 
 
-def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
+def test_the_doctor_gives_the_reason_of_a_refusal(folder, tmp_path, monkeypatch):
     report = examine(str(tmp_path))
     assert report["can_be_crammed"] is False
     assert "config.json" in report["reason"]
@@ -506,13 +506,13 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "opt", "gpt2", "mamba"])
-def test_checks_hold_in_every_dtype(family, dtype):
+def test_sound_models_pass_every_check_in_every_dtype(family, dtype):
     lm = FrozenLM(build(family).to(getattr(torch, dtype)), name=family, check=False)
     assert [check.name for check in checks(lm) if not check.ok] == []
 
 
-def test_a_nested_configuration_does_not_name_its_dtype():
-    """Of models with a text_config (Gemma 3) the inner one says in which dtype it was loaded."""
+def test_the_fingerprint_ignores_the_dtype_of_a_nested_configuration():
+    """In models with a text_config (Gemma 3), it has the dtype in which the model was loaded."""
     weight, logits = torch.ones(4, 2), torch.zeros(4)
 
     def printed(dtype: str, layers: int = 2) -> str:
@@ -533,7 +533,7 @@ def test_masked_columns_do_not_hide_a_difference():
     assert agree(truth.clone(), truth, torch.float32)[0]
 
 
-def test_a_cap_is_found_where_logits_are_small():
+def test_a_softcap_is_applied_if_the_models_logits_are_far_below_it():
     model = build("gemma2", final_logit_softcapping=30.0)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.05)
@@ -541,7 +541,7 @@ def test_a_cap_is_found_where_logits_are_small():
     assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 30
 
 
-def test_a_cap_of_the_text_model_inside_a_larger_one_is_found():
+def test_a_softcap_of_a_nested_text_model_is_applied():
     text = ALSO["gemma4"][1] | {"final_logit_softcapping": 3.0, "pad_token_id": 0}
     no_parts = {"vision_config": None, "audio_config": None}
     special = {f"{name}_token_id": 22 for name in ("image", "boi", "eoi", "audio", "boa", "video")}
@@ -549,14 +549,14 @@ def test_a_cap_of_the_text_model_inside_a_larger_one_is_found():
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(60)  # so that logits come near the cap
+        model.get_output_embeddings().weight.mul_(60)  # logits near the cap
     lm = FrozenLM(model, name="whole")
     assert lm.has_split_head
     assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 3
 
 
 @pytest.mark.slow
-def test_measured_facts_that_are_none_are_told(folder, tmp_path):
+def test_wrong_measured_facts_are_refused(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     for text, reason in (
         ("", "Expecting value"),
@@ -570,18 +570,18 @@ def test_measured_facts_that_are_none_are_told(folder, tmp_path):
         ('{"bits_per_vector": {"1": -3}}', "bits_per_vector.1: Input should be greater than 0"),
     ):
         (own / "memvec.json").write_text(text)
-        says(str(own), rf"memvec.json holds no measured facts \({re.escape(reason)}")
+        refused(str(own), rf"memvec.json holds no measured facts \({re.escape(reason)}")
 
 
 def test_a_folder_dtype_and_device_may_be_objects(folder):
     lm = load_lm(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert (lm.name, lm.dtype, lm.device.type) == (str(folder), torch.bfloat16, "cpu")
-    says(folder, "unknown dtype 'float64'", dtype=torch.float64)
+    refused(folder, "unknown dtype 'float64'", dtype=torch.float64)
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 30}, {"max_position_embeddings": 64}])
-def test_a_configuration_that_the_probe_does_not_feel_is_another_model(changes):
-    """The same weights and the same logits of eight tokens, but not those of a long passage."""
+def test_the_fingerprint_depends_on_settings_that_short_texts_do_not_show(changes):
+    """Weights and logits of eight tokens are equal; those of a long passage would not be."""
     own = FrozenLM(build("mistral", sliding_window=20)).fingerprint
     same = FrozenLM(build("mistral", sliding_window=20)).fingerprint
     other = FrozenLM(build("mistral", **({"sliding_window": 20} | changes))).fingerprint
@@ -591,8 +591,8 @@ def test_a_configuration_that_the_probe_does_not_feel_is_another_model(changes):
     assert not other.matches(own)
 
 
-def test_wrappers_are_opened_to_the_last_and_virtual_tokens_are_kept():
-    """A compiled model in an adapter; of several adapters, one of virtual tokens counts."""
+def test_nested_wrappers_are_opened_but_not_those_with_virtual_tokens():
+    """A compiled model is in an adapter; one adapter with virtual tokens of several is enough."""
     inside, kinds = build("llama"), {"lora": False, "virtual": True}
 
     class Adapted(nn.Module):
@@ -611,7 +611,7 @@ def test_wrappers_are_opened_to_the_last_and_virtual_tokens_are_kept():
 
 
 def test_an_unknown_start_rule_is_refused(untyped):
-    """It would be read as 'vectors', and the logits would be those of other inputs."""
+    """Read as 'vectors', it would give the logits of other inputs."""
     lm, ids = tiny(), torch.tensor([[2, 3, 4]])
     with pytest.raises(MemvecError, match="unknown start rule 'box': did you mean 'bos'"):
         lm.logits(lm.embed(ids), ids, "box")

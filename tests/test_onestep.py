@@ -1,4 +1,4 @@
-"""One-step decoding: two vectors and one forward pass give a passage, and nothing else."""
+"""One-step decoding: one forward pass on two vectors, e and m, gives a passage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ASKED = passages(3, 2, 3, 1)
 
 @functools.cache
 def crammed(family: str) -> list[Outcome]:
-    """One-step outcomes of a few passages, made once for all tests."""
+    """One-step outcomes of `ASKED`, crammed once for all tests."""
     engine = Engine(one_step(tiny(family)), QUICK, vectors=2, batch_size=4)
     return sorted(engine.run(ASKED), key=lambda o: o.passage.document)
 
@@ -55,7 +55,7 @@ def as_one_step(family: str) -> MemVectors:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_passage_comes_back_from_the_file_in_any_batch(family, tmp_path):
+def test_passages_from_the_file_decode_in_a_batch_and_alone(family, tmp_path):
     mem, lm = as_one_step(family), tiny(family)
     assert mem.exact
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
@@ -68,8 +68,8 @@ def test_a_passage_comes_back_from_the_file_in_any_batch(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba", "gemma2"])
-def test_the_model_s_own_forward_on_e_and_copies_of_m_says_the_same(family):
-    """Ids and bits computed a second way: one passage, one call of the whole model."""
+def test_ids_bits_and_margins_are_those_of_the_models_own_forward(family):
+    """The model reads e and copies of m, one passage in one call."""
     model = tiny(family).model
     for o in crammed(family):
         e, m = o.vectors[:1], o.vectors[1:]
@@ -95,17 +95,20 @@ def test_one_forward_pass_decodes_a_batch():
     assert len(calls) == 1
 
 
-def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
+def test_states_do_not_depend_on_tokens_and_t_tokens_take_t_inputs():
     lm, vectors = one_step(tiny()), torch.stack([o.vectors for o in crammed("llama")])[:1]
     a, b = (torch.full((1, 5), t) for t in (3, 9))
     assert torch.equal(lm.states(vectors, a), lm.states(vectors, b))
     assert lm.inputs(vectors, a).shape == (1, 5, lm.width)
     single = next(o for o in crammed("llama") if len(o.passage) == 1)
-    assert single.spent == single.steps  # one input for one token
+    assert single.spent == single.steps  # a passage of one token has one input
 
 
-def test_slots_are_independent_here_too():
-    lm, recipe = one_step(tiny()), replace(QUICK, steps=10, margin=1e3)  # nobody is done
+def test_passages_do_not_depend_on_each_other():
+    lm, recipe = (
+        one_step(tiny()),
+        replace(QUICK, steps=10, margin=1e3),
+    )  # no passage reaches the margin
     recipe = replace(recipe, lr=0.01, lr_large=0.0)
     together = paths(Engine(lm, recipe, vectors=2, batch_size=4), ASKED)
     for passage in ASKED[:2]:
@@ -114,13 +117,13 @@ def test_slots_are_independent_here_too():
         torch.testing.assert_close(alone, together[passage], rtol=0, atol=1e-4)
 
 
-def test_the_figures_without_vectors_are_the_same_as_ever():
+def test_bits_without_vectors_do_not_depend_on_the_layout():
     ordinary = next(Engine(tiny(), QUICK, vectors=2, batch_size=1).run(ASKED[:1]))
     one = crammed("llama")[0]
     assert one.metrics.lm_bits == pytest.approx(ordinary.metrics.lm_bits, abs=1e-4)
 
 
-def test_a_view_leaves_the_model_as_it_was():
+def test_a_one_step_view_does_not_change_its_model():
     lm = reader()
     view = lm.read_as("one-step")
     assert (lm.layout, view.layout) == ("prefix", "one-step")
@@ -132,8 +135,8 @@ def test_a_view_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("window", [4, 8])
-def test_no_passage_is_longer_than_e_reaches(window):
-    """Where all layers see a sliding window, what e cannot reach is the same for every e."""
+def test_no_passage_is_longer_than_the_reach_of_e_through_sliding_windows(window):
+    """If all layers have a sliding window, later predictions do not depend on e."""
     lm = FrozenLM(build("mistral", sliding_window=window), name="short-sighted")
     one, reach = one_step(lm), 2 * (window - 1) + 1
     assert Engine(one, vectors=2).max_tokens() == reach
@@ -144,12 +147,12 @@ def test_no_passage_is_longer_than_e_reaches(window):
         assert bool(slope[0, 0].any()) is reached
     with pytest.raises(MemvecError, match=f"at most {reach} tokens"):
         next(Engine(one, vectors=2).run(passages(reach + 1)))
-    assert one_step(tiny("gemma2")).context == 128  # some of its layers see everything
+    assert one_step(tiny("gemma2")).context == 128  # some of its layers have full attention
 
 
 @pytest.mark.parametrize(("used", "context"), [(False, 128), (True, 2 * 3 + 1 + 2)])
-def test_a_window_that_is_not_used_limits_no_passage(used, context):
-    """Some configurations name a window and leave it out, without the kinds of their layers."""
+def test_an_unused_sliding_window_limits_no_passage(used, context):
+    """Some configurations name a window, do not use it, and do not list the types of layers."""
     lm = copy(one_step(tiny()))
     config = SimpleNamespace(sliding_window=4, use_sliding_window=used, num_hidden_layers=2)
     lm.config = SimpleNamespace(get_text_config=lambda: config)
@@ -157,7 +160,7 @@ def test_a_window_that_is_not_used_limits_no_passage(used, context):
 
 
 @pytest.mark.parametrize("rule", ["bos", "first-token"])
-def test_nothing_is_continued(rule):
+def test_start_rules_with_given_tokens_are_refused(rule):
     lm = one_step(tiny())
     vectors = torch.stack([o.vectors for o in crammed("llama")])[:1]
     with pytest.raises(MemvecError, match="continues no given tokens"):
@@ -167,12 +170,12 @@ def test_nothing_is_continued(rule):
 
 
 @pytest.mark.parametrize("target", names())
-def test_what_generates_token_by_token_is_refused(target, tmp_path):
+def test_exports_to_token_by_token_decoders_are_refused(target, tmp_path):
     with pytest.raises(MemvecError, match="one-step vectors are read in one forward pass"):
         export(tiny(), as_one_step("llama"), target_of(target), tmp_path / "out")
 
 
-def test_what_cannot_be_is_said():
+def test_wrong_layouts_and_numbers_of_vectors_are_refused():
     with pytest.raises(MemvecError, match="did you mean 'one-step'"):
         tiny().read_as("onestep")
     with pytest.raises(MemvecError, match="two vectors, e and m, not 1"):
@@ -184,11 +187,11 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="not followed by tokens"):
         Header.model_validate_json(plain.replace('"start_rule":"vectors"', '"start_rule":"bos"'))
     older = json.loads(plain)
-    del older["layout"]  # a file of before there were layouts
+    del older["layout"]  # files of earlier versions have no such field
     assert Header.model_validate(older).layout == "prefix"
 
 
-def test_the_command_crams_and_decodes(command, folder, tmp_path):
+def test_the_command_crams_and_decodes_in_one_step(command, folder, tmp_path):
     (tmp_path / "a.txt").write_text("the fox and the dog")
     words = ["cram", tmp_path / "a.txt", "-m", folder, "--one-step", "-o", tmp_path / "a.mem"]
     assert command(*words, "--vectors", "3").code == 2
@@ -207,8 +210,8 @@ def test_the_command_crams_and_decodes(command, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_lengths_come_from_what_one_step_holds(monkeypatch):
-    """Bits measured for vectors in front of a passage say nothing about these two."""
+def test_lengths_do_not_come_from_the_bits_of_vectors_in_front(monkeypatch):
+    """With such bits the text would be one passage."""
     lm = reader()
     monkeypatch.setattr(lm, "facts", {"bits_per_vector": {"1": 1e9}})
     recipe = Recipe(steps=100, patience=40)
@@ -237,13 +240,13 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     assert torch.equal(again.vectors, mem.vectors)
     assert again.header.layout == "one-step-shared"
     assert codec.decode(lm, again) == texts
-    did = again.header.recipe  # what one m has no use for was not done, and is not said
+    did = again.header.recipe  # options that a shared m does not use are off
     assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)
 
 
 @pytest.mark.slow
-def test_a_shared_m_couples_passages_and_slots_only_group_them():
-    """Coupled by design: another neighbour is another result; how many sit together is not."""
+def test_a_shared_m_depends_on_all_passages_and_not_on_the_slots():
+    """Fewer passages give other vectors; fewer slots give the same."""
     lm = one_step(tiny())
     options = {"storage": torch.float32}
     jobs = [Job(p, QUICK.margin) for p in ASKED]
@@ -253,9 +256,9 @@ def test_a_shared_m_couples_passages_and_slots_only_group_them():
     )
     assert all(o.exact and o.status == "done" for o in (*together, *fewer))
     assert [o.passage for o in together] == ASKED
-    assert len({o.steps for o in together}) == 1  # none is finished before all are
+    assert len({o.steps for o in together}) == 1  # all finish at the same step
     assert not torch.allclose(together[0].vectors, fewer[0].vectors, atol=1e-2)
-    short = Recipe(steps=10)  # rounding grows with the steps
+    short = Recipe(steps=10)  # differences by rounding grow with the steps
     moved = [
         Shared(lm, short, batch_size=batch_size, **options).run([Job(p, 0.5) for p in ASKED])
         for batch_size in (1, 4)
@@ -265,7 +268,7 @@ def test_a_shared_m_couples_passages_and_slots_only_group_them():
 
 
 @pytest.mark.slow
-def test_what_one_m_cannot_hold_is_halved():
+def test_passages_that_share_m_and_are_not_exact_are_halved():
     lm, text = reader(), "Dog, 42 zebras"
     hasty = Recipe(steps=60, patience=20)
     mem = codec.cram(lm, [text], layout="one-step-shared", tokens=64, recipe=hasty)
@@ -276,8 +279,8 @@ def test_what_one_m_cannot_hold_is_halved():
         assert codec.decode(lm, mem) == [text]
 
 
-def test_passages_beside_one_that_is_halved_or_disagrees_go_on_as_they_were(monkeypatch):
-    """The others keep their place in the file, and their margins."""
+def test_passages_beside_a_halved_one_keep_their_place_and_margin(monkeypatch):
+    """The same holds beside a passage whose margin is raised because it does not decode."""
     lm, given, run = reader("words").read_as("one-step-shared"), [], Shared.run
     document = Document.of(lm, "the cat sat on the lazy dog and")
     options = {"recipe": Recipe(steps=0), "batch_size": 8, "storage": storage_of("float32")}
@@ -329,7 +332,7 @@ def test_the_command_shares_m(command, folder, tmp_path):
 # ---------------------------------------------------------------------- the protocol
 
 
-def test_the_published_rule_is_a_maximum_and_ours_is_not():
+def test_the_published_capacity_needs_one_exact_passage_and_ours_needs_all():
     rows = pd.DataFrame(
         [
             {"length": n, "tokens": n, "accuracy": a, "exact": a == 1.0, "lm_bits": 10.0 * n + a}
@@ -347,7 +350,7 @@ def test_the_published_rule_is_a_maximum_and_ours_is_not():
     assert (nothing.longest, nothing.always) == (None, None)
 
 
-def test_a_shared_m_stops_where_decoding_disagrees_if_asked(monkeypatch):
+def test_a_shared_m_is_certified_once_if_the_recipe_says_stop(monkeypatch):
     honest, seen = shared_m.certify, []
 
     def disagreeing(*args):
@@ -361,11 +364,11 @@ def test_a_shared_m_stops_where_decoding_disagrees_if_asked(monkeypatch):
     assert recipe.settle == 0
     jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
     Shared(copy(one_step(tiny())), recipe, batch_size=4, storage="float32").run(jobs)
-    assert len(seen) == 2  # each once
+    assert len(seen) == 2  # two passages, once each
 
 
-def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots(monkeypatch):
-    """Not in any step: the vectors of an outcome are those of the best one."""
+def test_no_step_of_a_shared_m_depends_on_the_slots(monkeypatch):
+    """The vectors of all steps are equal, not only those of the best one."""
     update, seen = shared_m.Best.update, []
 
     def recorded(best, vectors, leading):
@@ -387,8 +390,8 @@ def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots(monkeypatch):
     assert not torch.allclose(seen[0].m, seen[-1].m, atol=0.1)
 
 
-def test_what_a_shared_m_reaches_at_once_counts_from_the_next_step(monkeypatch):
-    """Beside a passage with more columns, too, and each passage has its share of the time."""
+def test_columns_that_a_shared_m_gains_count_from_the_next_step(monkeypatch):
+    """That holds beside a longer passage too; the time of a step is shared equally."""
     monkeypatch.setattr(
         shared_m, "horizon", lambda right: torch.full(right.shape[:1], right.shape[1])
     )
@@ -399,15 +402,15 @@ def test_what_a_shared_m_reaches_at_once_counts_from_the_next_step(monkeypatch):
         clock = SimpleNamespace(perf_counter=iter([10.0, 16.0]).__next__)
         monkeypatch.setattr(shared_m, "time", clock)
         made.append(Shared(lm, recipe, batch_size=slots, storage="float32")._cram(jobs, 1))
-    assert [o.spent for o in made[0]] == [16, 12, 16]  # of the columns that were read, no more
+    assert [o.spent for o in made[0]] == [16, 12, 16]  # at most the columns that were read
     for alone, beside in zip(*made, strict=True):
         torch.testing.assert_close(alone.vectors, beside.vectors, atol=1e-4, rtol=1e-4)
         assert (alone.spent, alone.seconds) == (beside.spent, 2.0)
 
 
 @pytest.mark.parametrize("limit", [4, 8])
-def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit):
-    """Passages that go on with a larger margin have the steps that are left, not all again."""
+def test_a_raised_margin_of_a_shared_m_gets_no_more_steps(monkeypatch, limit):
+    """Passages that do not decode continue with a larger margin for the steps that are left."""
     honest, wrong = shared_m.certify, iter(range(10))
 
     def disagreeing(*args):
@@ -418,15 +421,15 @@ def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit)
     monkeypatch.setattr(shared_m, "certify", disagreeing)
     recipe = shared_m.without_parts(Recipe.of("one-step", steps=limit, lr=0.1, start="noise"))
     lm = copy(one_step(tiny()))
-    lm.logit_spread = 40.0  # a raise is more than these steps can reach
+    lm.logit_spread = 40.0  # these steps cannot reach a raised margin
     jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
     outcomes = Shared(lm, recipe, batch_size=4, storage="float32").run(jobs)
-    assert next(wrong) >= 2  # it was asked again
+    assert next(wrong) >= 2  # certification ran again
     assert all(0 < outcome.steps <= limit for outcome in outcomes)
 
 
 def moving(**changes) -> tuple[Shared, list[Job]]:
-    """Shared with margins that no step reaches, and jobs that already had costs."""
+    """A `Shared` whose steps reach no margin, and jobs that have costs of earlier runs."""
     recipe = shared_m.without_parts(Recipe.of("one-step", steps=9, lr=0.1, schedule="growing"))
     recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3, **changes)
     asked = passages(40, 12, 30)
@@ -439,7 +442,7 @@ def moving(**changes) -> tuple[Shared, list[Job]]:
     [({}, 9), ({"patience": 4}, 4), ({"budget": 23}, 2), ({"budget": 24}, 3)],
 )
 def test_a_shared_m_ends_by_its_limits_and_adds_to_earlier_costs(changes, steps):
-    """Each step costs 8 tokens here, for each passage; the budget is that of one passage."""
+    """Each step costs 8 tokens of each passage; the budget is that of one passage."""
     shared, jobs = moving(**changes)
     for i, finished in enumerate(shared._cram(jobs, 9)):
         assert (finished.status, finished.steps) == ("budget", 3 + steps)
@@ -461,8 +464,8 @@ def test_the_best_step_of_a_shared_m_is_the_first_with_the_most_tokens():
 
 
 @pytest.mark.parametrize("spoilt", [None, 0, 1, 2])
-def test_groups_of_a_shared_m_are_measured_as_one(spoilt):
-    """Each passage counts from its own best length; any loss that is not finite is seen."""
+def test_measures_of_a_shared_m_do_not_depend_on_the_groups(spoilt):
+    """Each passage counts to 8 columns after its best length; one loss that is NaN is noticed."""
     shared, jobs = moving()
     task, vectors = shared_m.Task.of(jobs, shared.lm.device), shared._start(jobs)
     if spoilt is not None:
@@ -482,8 +485,8 @@ def test_groups_of_a_shared_m_are_measured_as_one(spoilt):
 
 
 @pytest.mark.parametrize("limit", [2, 99])
-def test_margins_are_raised_where_decoding_disagrees_and_only_there(monkeypatch, limit):
-    """At most four times, while steps are left; earlier steps of the passages do not count."""
+def test_only_margins_of_passages_that_do_not_decode_are_raised(monkeypatch, limit):
+    """They double at most four times, while steps are left; earlier steps do not count."""
     shared, jobs = moving(steps=limit)
     rounds: list[list[Job]] = []
 
@@ -505,7 +508,7 @@ def test_margins_are_raised_where_decoding_disagrees_and_only_there(monkeypatch,
     assert {o.steps for o in outcomes} == {limit + len(rounds)}
     for number, asked in enumerate(rounds):
         assert [job.margin for job in asked] == [1.0, 2.0**number, 1.0]
-        if number:  # they continue from the vectors of the round before
+        if number:  # they continue from the vectors of the last round
             assert all(job.vectors.eq(number).all() for job in asked)
 
 
@@ -522,8 +525,8 @@ def test_a_shared_m_is_measured_as_it_will_be_stored():
     assert not torch.equal(of_rough.m, of_exact.m)
 
 
-def test_passages_that_share_an_m_continue_from_the_m_that_they_had():
-    """Also those that come in new, of which a half has no vectors yet."""
+def test_passages_that_share_an_m_continue_from_their_earlier_m():
+    """A new passage, as a half of an earlier one, gets a new e and the earlier m."""
     shared, jobs = moving()
     had = torch.arange(2.0 * shared.lm.width).reshape(2, -1)
     fresh = shared._start(jobs)
@@ -536,8 +539,8 @@ def test_passages_that_share_an_m_continue_from_the_m_that_they_had():
 
 
 @pytest.mark.parametrize("layout", ["one-step", "one-step-shared"])
-def test_what_was_measured_in_front_of_a_passage_is_left_behind_by_other_layouts(layout):
-    """Bits, encoders and fill are those of vectors in front; the way back has them again."""
+def test_a_one_step_view_has_no_facts_or_encoders_of_vectors_in_front(layout):
+    """The model that is read as `prefix` again has them."""
     lm = copy(tiny())
     lm.facts, lm.encoder, lm.usable_encoder = {"fill": 0.9}, Guess(0.5, 6), Guess(0.5, 6)
     view = lm.read_as(layout)

@@ -1,4 +1,4 @@
-"""Sentence by sentence: cutting, latents, the model that predicts them, its study and commands."""
+"""Modelling sentence by sentence: cutting, latents, the latent model, its study and commands."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LONG = "The quick brown fox jumps over the lazy dog and the cat sat on the mat w
 
 
 def with_encoder(lm, seed: int = 0):
-    """The model, with a slot encoder of random weights whose vectors are as large as embeddings."""
+    """The model with a random slot encoder, whose vectors have the size of embeddings."""
     torch.manual_seed(seed)
     network = SlotNetwork(lm.width, hidden=16, layers=1, heads=2, slots=4)
     network.scaled(torch.zeros(lm.width), lm.embedding_std, lm.embedding_std)
@@ -91,7 +91,7 @@ def ids_of(count: int, seed: int = 0) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("limit", [3, 8, 100])
-def test_sentences_are_the_text_one_after_the_other(limit):
+def test_sentences_in_a_row_are_the_text(limit):
     lm = reader()
     found = cut_sentences(lm, f"{TEXT}\n {LONG}", limit)
     assert lm.text([t for s in found for t in s.ids]) == f" {TEXT} {LONG}"
@@ -121,7 +121,7 @@ def test_a_long_sentence_is_cut_into_equal_parts():
         (".", "."),
     ],
 )
-def test_a_decoded_sentence_ends_where_it_ends(wrote, first):
+def test_a_decoded_sentence_ends_with_its_punctuation(wrote, first):
     lm = reader()
     assert lm.text(first_sentence(lm, lm.tokenize(wrote))) == first
 
@@ -129,7 +129,7 @@ def test_a_decoded_sentence_ends_where_it_ends(wrote, first):
 # ---------------------------------------------------------------------- latents
 
 
-def test_encoding_together_is_encoding_alone():
+def test_latents_are_equal_encoded_together_and_alone():
     lm, asked = with_encoder(tiny()), ids_of(9)
     together = latents.encode(lm, asked, K)
     assert together.shape == (9, K, lm.width)
@@ -137,9 +137,9 @@ def test_encoding_together_is_encoding_alone():
         torch.testing.assert_close(row, latents.encode(lm, [ids], K)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_crammed_latents_decode_exactly():
+def test_latents_are_called_exact_if_and_only_if_they_decode():
     lm = with_encoder(tiny())
-    asked = [*ids_of(4, seed=3), ids_of(1, seed=3)[0]]  # one twice
+    asked = [*ids_of(4, seed=3), ids_of(1, seed=3)[0]]  # one sentence occurs twice
     made = latents.crammed(lm, asked, K, QUICK)
     for vectors, exact, ids in zip(made.vectors, made.exact, asked, strict=True):
         (decoded,) = decode_ids(lm, vectors[None], [len(ids)])
@@ -147,7 +147,9 @@ def test_crammed_latents_decode_exactly():
     assert sum(made.exact) >= 4
     known = latents.encoded(lm, asked, K)
     unmoved = latents.crammed(lm, asked, K, replace(QUICK, start="noise", steps=0))
-    torch.testing.assert_close(unmoved.vectors, known.vectors)  # whatever start the recipe names
+    torch.testing.assert_close(
+        unmoved.vectors, known.vectors
+    )  # the encoder's start replaces the recipe's
     assert known.exact == [
         tuple(decode_ids(lm, v[None], [len(ids)])[0]) == ids
         for v, ids in zip(known.vectors, asked, strict=True)
@@ -157,7 +159,7 @@ def test_crammed_latents_decode_exactly():
 # ---------------------------------------------------------------------- the model
 
 
-def test_later_sentences_change_no_earlier_prediction():
+def test_later_sentences_do_not_change_earlier_predictions():
     lm = tiny()
     model, before = untrained(lm), latents_of(lm, 2, 5)
     whole = model.network(before.flatten(2))
@@ -179,7 +181,7 @@ def test_batched_predictions_are_those_of_each_alone():
     assert model.predict(before[:, :0]).shape == (3, K, lm.width)
 
 
-def test_continuous_feeds_predictions_back():
+def test_continuous_predictions_are_inputs_of_the_next_step():
     lm = tiny()
     model, before = untrained(lm, window=9), latents_of(lm, 2, 3)
     first, second = model.continuous(before, 2)
@@ -188,8 +190,8 @@ def test_continuous_feeds_predictions_back():
     torch.testing.assert_close(second, by_hand)
 
 
-def test_discretised_is_decoding_and_encoding_by_hand():
-    """Sequences of two lengths, rolled on one step and two, as each alone."""
+def test_discretised_predictions_are_decoded_and_encoded_before_the_next_step():
+    """Two sequences of different lengths are predicted one step and two steps ahead."""
     lm = with_encoder(reader())
     model, before = untrained(lm, window=9), latents_of(lm, 2, 3)
     found = model.discretised(lm, [before[0], before[1, :2]], [1, 2])
@@ -206,7 +208,7 @@ def test_discretised_is_decoding_and_encoding_by_hand():
             seen = torch.cat([seen, again])
 
 
-def test_what_is_saved_predicts_the_same(tmp_path):
+def test_a_reloaded_latent_model_predicts_the_same(tmp_path):
     lm = with_encoder(tiny())
     model, file = untrained(lm), tmp_path / "s.safetensors"
     save_latent_model(file, replace(model, about={"steps": 3}), lm)
@@ -218,7 +220,7 @@ def test_what_is_saved_predicts_the_same(tmp_path):
     assert len(again.identity) == 16
 
 
-def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+def test_missing_damaged_and_foreign_latent_models_are_refused(tmp_path):
     lm = with_encoder(tiny())
     file = tmp_path / "s.safetensors"
     with pytest.raises(MemvecError, match="there is no latent model"):
@@ -257,7 +259,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused_before_it_is_built(tmp
             load_latent_model(file, lm)
 
 
-def test_a_training_replaces_nothing_but_a_latent_model(tmp_path):
+def test_a_training_overwrites_only_a_latent_model(tmp_path):
     file = tmp_path / "letter.txt"
     file.write_text("The cat sat. The dog ran.", "utf-8")
     for force, sentence in ((False, "exists: use --force"), (True, "is no earlier latent model")):
@@ -268,7 +270,7 @@ def test_a_training_replaces_nothing_but_a_latent_model(tmp_path):
     assert [p.read_text("utf-8") for p in tmp_path.iterdir()] == ["The cat sat. The dog ran."]
 
 
-def test_rows_are_not_chosen_of_a_text_that_has_none(tmp_path):
+def test_options_of_tables_are_refused_for_other_texts(tmp_path):
     file = tmp_path / "letter.txt"
     file.write_text("The cat sat.", "utf-8")
     assert texts_of(str(file), "text", None) == [("letter", "The cat sat.")]
@@ -279,7 +281,7 @@ def test_rows_are_not_chosen_of_a_text_that_has_none(tmp_path):
             texts_of(text, "body", None)
 
 
-def test_rows_are_chosen_of_a_table_at_home(tmp_path, monkeypatch):
+def test_a_tilde_in_the_path_of_a_table_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     rows = ("split,body", "train,The cat sat.", "valid,The dog.")
     (tmp_path / "letters.csv").write_text("\n".join(rows), "utf-8")
@@ -292,7 +294,7 @@ def test_rows_are_chosen_of_a_table_at_home(tmp_path, monkeypatch):
 
 
 def documents(n: int = 40) -> list[list[Sentence]]:
-    """Two texts that say four sentences again and again."""
+    """Two texts of n sentences, each a repetition of four sentences."""
     return [[Sentence(ids) for ids in (ids_of(4, seed) * n)[:n]] for seed in (1, 2)]
 
 
@@ -331,8 +333,8 @@ def test_training_moves_the_latent_model_and_nothing_else(loss, capsys):
     assert "bits per token held out," in capsys.readouterr().err
 
 
-def test_the_gradient_at_latents_is_that_of_the_loss():
-    """Through the frozen model, padded and by groups of length, against one sentence at a time."""
+def test_the_gradient_at_latents_is_that_of_the_cross_entropy():
+    """It goes through the frozen model in padded groups; the reference takes single sentences."""
     lm = with_encoder(tiny())
     training = LatentTraining(lm, documents(), PLAN)
     rows = torch.arange(7)
@@ -350,7 +352,7 @@ def test_the_gradient_at_latents_is_that_of_the_loss():
     torch.testing.assert_close(slope, by_hand.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr("memvec.encoders.resumable.CHECKPOINT_EVERY", 1)
     lm, partial = with_encoder(tiny()), tmp_path / "a.partial"
     whole = LatentTraining(lm, documents(), PLAN).run()
@@ -373,8 +375,8 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         LatentTraining(lm, documents(), PLAN).run(partial)
 
 
-def test_what_a_caller_has_set_for_all_of_torch_does_not_reach_the_training():
-    """Inference mode left the loss without a gradient."""
+def test_global_settings_of_torch_do_not_change_the_training():
+    """In inference mode the loss would have no gradient."""
     lm = with_encoder(tiny())
     plain = LatentTraining(lm, documents(), PLAN).run()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -384,20 +386,20 @@ def test_what_a_caller_has_set_for_all_of_torch_does_not_reach_the_training():
 
 
 def test_sentences_at_the_end_of_long_documents_are_held_out():
-    """At least two, one to read and one to predict; of short documents alone, nothing is."""
+    """A held-out part has at least two sentences; of short documents alone, none is held out."""
     document = [Sentence((3,))] * 150
     assert _parted([document[:99], document]) == ([(0, 99), (99, 246)], [(246, 249)])
     assert _parted([document[:99]]) == ([(0, 99)], [(0, 99)])
 
 
-def test_a_run_without_a_warm_up_trains():
+def test_the_rate_without_warm_up_falls_from_the_first_step():
     lm = with_encoder(tiny())
     training = LatentTraining(lm, documents(), replace(PLAN, steps=2, warmup=0))
     training.run()
     assert training.optimizer.param_groups[0]["lr"] == pytest.approx(PLAN.lr * (1 - 0.99 / 2))
 
 
-def test_what_cannot_be_trained_is_one_sentence():
+def test_wrong_plans_texts_and_encoders_are_refused():
     lm = with_encoder(tiny())
     with pytest.raises(MemvecError, match="no text of at least two sentences"):
         LatentTraining(lm, [[Sentence((3, 4))], []], PLAN)
@@ -419,11 +421,11 @@ def test_what_cannot_be_trained_is_one_sentence():
             replace(PLAN, **change)
 
 
-# ---------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------- measures
 
 
 @pytest.mark.slow
-def test_every_way_is_the_frozen_models_own_probability():
+def test_bits_after_every_context_are_those_of_the_frozen_models_forward():
     lm, model = with_encoder(reader()), untrained(reader(), window=9)
     before = [s.ids for s in cut_sentences(lm, TEXT, LIMIT)[:3]]
     ids, text = cut_sentences(lm, TEXT, LIMIT)[3].ids, (5, 6, *itertools.chain(*before))
@@ -450,7 +452,7 @@ def test_every_way_is_the_frozen_models_own_probability():
     }
     for name, inputs in by_hand.items():
         assert found.bits[name] == pytest.approx(bits(inputs), rel=1e-4), name
-    # Two ahead, the last sentence is not read.
+    # Predictions two steps ahead do not read the last sentence.
     two = model.continuous(known[None, :2], 2)[-1][0]
     assert found.continuous == [pytest.approx(bits(two), rel=1e-4)]
     snapped = model.discretised(lm, [known[:2]], [2])[0][-1].again
@@ -469,7 +471,7 @@ def test_sentences_that_cannot_be_measured_are_refused():
 
 
 def test_operations_are_counted_from_shapes():
-    """Against the products of a forward pass, counted one module at a time."""
+    """The reference counts the products of each linear layer in a forward pass."""
     lm = with_encoder(tiny())
     shape = shape_of(lm)
     counted = 0
@@ -487,7 +489,7 @@ def test_operations_are_counted_from_shapes():
     norms = sum(p.numel() for name, p in lm.model.named_parameters() if "norm" in name)
     assert shape.parameters * 2 * n == counted + norms * 2 * n
     assert (shape.layers, shape.attention, shape.head) == (2, 4 * 8, 24 * 32)
-    pairs = sum(4 + i for i in range(1, n + 1))  # each of n inputs sees 4 before, itself, others
+    pairs = sum(4 + i for i in range(1, n + 1))  # input i attends to 4 earlier ones and to i
     own = Shape(0, shape.layers, shape.attention, 0)
     assert own.reading(n, 4) == 4 * 2 * 32 * pairs
     found = costs(lm, untrained(lm), 5, 20, 60, 3)
@@ -495,14 +497,14 @@ def test_operations_are_counted_from_shapes():
     assert found["recent"] < found["text"]
 
 
-def test_an_adapted_encoder_costs_its_adapters_too():
-    """Against the matrix products that torch counts in a pass over three parts."""
+def test_the_cost_of_an_adapted_encoder_includes_its_adapters():
+    """The reference is torch's count of the matrix products of a pass over three parts."""
     lm, T, K = copy(tiny()), 12, 3
     lm.encoder = AdaptedEncoder(fresh(lm, rank=4), K)
     with FlopCounterMode(display=False) as counted:
         lm.encoder.encode(lm, torch.full((1, T), 3), K)
     by_operator = counted.get_flop_counts()["Global"]
-    # Attention is counted below; older transformers have angles by a product (bmm).
+    # Attention is added below. Older transformers compute rotary angles by a product (bmm).
     others = ("attention", "bmm")
     products = sum(
         n for name, n in by_operator.items() if not any(word in str(name) for word in others)
@@ -562,7 +564,7 @@ def study(home, tmp_path_factory):
     return out
 
 
-def test_a_study_is_measured_recomputed_and_shown(study, home):
+def test_rows_of_a_study_are_recomputed_and_reported(study, home):
     checked = check_study(study)
     assert checked["wrong"] == []
     (sentence,) = checked["unchecked"]
@@ -593,7 +595,7 @@ def test_a_study_is_measured_recomputed_and_shown(study, home):
         [regime, step] for regime in ("continuous", "discretised") for step in (1, 2)
     ]
     assert flops.rows[0][3] == pytest.approx(1)
-    # The sentences before, each once, though some stand before several of the four.
+    # Earlier sentences count once, although some precede several of the four passages.
     before = {}
     for text_before, extra in zip(texts, extras, strict=True):
         end = len(text_before)
@@ -604,14 +606,14 @@ def test_a_study_is_measured_recomputed_and_shown(study, home):
     encoded = sum(flags[0] for flags in before.values()) / len(before)
     assert exact.rows[2][2].startswith(f"{100 * encoded:.0f} %")
     assert "counts once" in exact.note
-    saves = predicted < alone  # whether there is anything to show that it saves
+    saves = predicted < alone  # one panel more if predictions save bits
     assert len(figure.panels) == 2 + saves
     assert f"{predicted / tokens:.2f} [" in figure.caption
     write_report(study, study / "report", figures=False)
     assert "Sentence by sentence" in (study / "report" / "index.html").read_text("utf-8")
 
 
-def test_a_changed_result_is_found(study):
+def test_the_check_of_a_study_names_changed_results(study):
     with Store(study) as store:
         (first, *_) = store.db.execute("SELECT extra FROM rows").fetchone()
     changed = json.loads(first)
@@ -630,7 +632,7 @@ def test_a_changed_result_is_found(study):
 
 
 @pytest.mark.slow
-def test_sentences_are_drawn_once_and_alike(home):
+def test_passages_of_the_source_are_distinct_sentences_with_all_before_them(home):
     lm = load_lm(str(home / "tiny"))
     source = Sentences(path="text.txt", before=2)
     some, more = (list(source.passages(lm, n, LIMIT, home)) for n in (3, 8))
@@ -647,7 +649,7 @@ def test_sentences_are_drawn_once_and_alike(home):
     for model, kept in ((lm, written.MAX_BEFORE), (long, long.context)):
         (last,) = Sentences(path="long.txt", before=1200).passages(model, 1, LIMIT, home)
         assert len(last.before) == max(kept, sum(last.sizes[-1200:]))
-        assert len(last.before) > written.MAX_BEFORE  # more than that precedes it
+        assert len(last.before) > written.MAX_BEFORE  # more tokens than MAX_BEFORE precede it
     parts = cut_sentences(lm, f"{TEXT} {LONG}", LIMIT)[2:]
     after_two = {s.ids for s in parts if s.whole and len(s.ids) >= source.min_tokens}
     every = source.passages(lm, len(after_two), LIMIT, home)
@@ -673,7 +675,7 @@ def test_sentences_are_drawn_once_and_alike(home):
         (("HOME/s.safetensors", "HOME/none.safetensors"), "there is no latent model"),
     ],
 )
-def test_what_a_study_cannot_measure_is_one_sentence(home, tmp_path, change, sentence):
+def test_studies_that_cannot_be_measured_are_refused(home, tmp_path, change, sentence):
     text = SPEC.replace(*change).replace("HOME", str(home)).replace("passages = 4", "passages = 1")
     text = text.replace("before = 3\n", "" if "files" in change[1] else "before = 3\n")
     text = text.replace("steps = 12", "steps = 2").replace("lengths = [12]", "lengths = [10]")
@@ -699,7 +701,7 @@ def test_the_shipped_spec_is_valid():
 
 
 @pytest.mark.slow
-def test_the_commands_train_and_show(home, tmp_path, command):
+def test_the_commands_train_and_inspect_a_latent_model(home, tmp_path, command):
     text, out = home / "text.txt", tmp_path / "s.safetensors"
     train = (
         "lab",
@@ -751,7 +753,7 @@ def test_the_commands_train_and_show(home, tmp_path, command):
 
 
 @pytest.mark.slow
-def test_the_inspector_says_what_decoding_says():
+def test_inspected_sentences_and_bits_are_those_of_decoding():
     lm = with_encoder(reader())
     model = untrained(lm)
     steps = list(look(lm, model, TEXT, count=3))
@@ -767,7 +769,9 @@ def test_the_inspector_says_what_decoding_says():
         assert step.predicted_bits == pytest.approx(
             evaluate.bits_after(lm, predicted[0], ids) / n, rel=1e-4
         )
-        read = [s.ids for s in sentences[max(0, i - 1) : i]]  # a window of 2 reads one before
+        read = [
+            s.ids for s in sentences[max(0, i - 1) : i]
+        ]  # a window of 2 reads one earlier sentence
         text = evaluate.bits_after_text(lm, [*itertools.chain(*read)], ids)
         assert narrow[i].text == pytest.approx(text / n, rel=1e-4)
     assert steps[0].alone == pytest.approx(steps[0].text)
