@@ -1,4 +1,4 @@
-"""The adapted encoder: the frozen model with adapters, a summary after each part of a passage."""
+"""The adapted encoder, which is the frozen model with adapters and summaries: vectors, training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = AdaptedPlan(steps=6, slots=2, rank=4, positions=80, shortest=2, longest=
 
 
 def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> AdaptedEncoder:
-    """An encoder of random weights whose adapters do something."""
+    """An encoder of random weights whose adapters change the model."""
     torch.manual_seed(seed)
     network = fresh(lm, rank=3).begun(lm, lm.embedding.weight.float().mean(0).cpu(), 2.0)
     for up in network.adapters.up:
@@ -53,7 +53,7 @@ def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> AdaptedEncoder:
 
 
 def with_summary(lm: FrozenLM) -> FrozenLM:
-    """The same model with a summary encoder of its own; what other tests share stays as it was."""
+    """A copy of the model with a summary encoder; the shared model does not change."""
     generator, D = torch.Generator().manual_seed(0), lm.width
     view = copy.copy(lm)
     summary, weight, bias = (torch.randn(*s, generator=generator) for s in ((1, D), (D, D), (D,)))
@@ -62,7 +62,7 @@ def with_summary(lm: FrozenLM) -> FrozenLM:
     return view
 
 
-# ---------------------------------------------------------------------- the vectors it gives
+# ---------------------------------------------------------------------- vectors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,8 +75,8 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, family, K, T)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_part_is_read_after_those_before_it(family):
-    """Against a reading of each part by itself: [parts and summaries so far] and its summary."""
+def test_each_part_is_read_after_the_earlier_parts(family):
+    """The reference reads one part at a time, after all earlier parts and summaries."""
     lm = tiny(family)
     encoder, ids = encoder_of(lm, slots=3), stream(lm, 14).view(2, 7)
     network = encoder.network
@@ -97,8 +97,8 @@ def test_each_part_is_read_after_those_before_it(family):
 
 
 @pytest.mark.parametrize(("T", "K", "ends"), [(8, 3, (2, 5, 8)), (11, 4, (2, 5, 8, 11))])
-def test_parts_are_as_equal_as_they_can_be(T, K, ends, monkeypatch):
-    """Each summary follows its part; a remainder is spread over the parts."""
+def test_lengths_of_parts_differ_by_at_most_one(T, K, ends, monkeypatch):
+    """Each summary follows its part."""
     lm, seen = copy.copy(tiny()), []
     encoder, ids, hidden = encoder_of(lm, slots=K), stream(lm, 20)[None, :T], lm.hidden
     monkeypatch.setattr(lm, "hidden", lambda x, **o: seen.append(x) or hidden(x, **o))
@@ -119,7 +119,7 @@ def test_another_thread_reads_the_model_without_adapters():
     assert torch.equal(lm.own_logits(ids), plain)
 
 
-def test_untrained_one_vector_is_that_of_the_own_summary_encoder():
+def test_the_untrained_encoder_gives_the_vector_of_the_models_summary_encoder():
     lm = with_summary(tiny())
     network = fresh(lm, rank=2).begun(lm, torch.zeros(lm.width), 1.0)
     ids = stream(lm, 12).view(2, 6)
@@ -129,12 +129,12 @@ def test_untrained_one_vector_is_that_of_the_own_summary_encoder():
 
 
 def replace_tokens(encoder: SummaryEncoder) -> SummaryEncoder:
-    """The same encoder for whole passages."""
+    """The same encoder without a limit of tokens."""
     return SummaryEncoder(encoder.summary, encoder.weight, encoder.bias)
 
 
 @pytest.mark.parametrize("size", [1.0, 12.8])
-def test_beside_a_model_without_one_vectors_begin_at_a_size(size):
+def test_without_a_summary_encoder_the_first_vectors_have_the_given_size(size):
     lm = tiny()
     torch.manual_seed(0)
     network = fresh(lm, rank=2).begun(lm, torch.zeros(lm.width), size)
@@ -142,17 +142,17 @@ def test_beside_a_model_without_one_vectors_begin_at_a_size(size):
     assert 0.4 * size < float(found.square().mean().sqrt()) < 2.5 * size
 
 
-def test_a_model_in_another_dtype_reads_with_it(tmp_path):
+def test_an_encoder_reads_for_its_model_in_half_precision(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     half = FrozenLM(build("llama").to(torch.bfloat16), name="half")
     assert_reads_in_another_dtype(encoder_of(lm), lm, half, file)
 
 
-# ---------------------------------------------------------------------- what takes it
+# ---------------------------------------------------------------------- use as a start
 
 
 @pytest.mark.slow
-def test_a_folder_may_have_both_and_the_own_one_stays_a_beginning(folder, tmp_path):
+def test_a_folder_may_have_an_adapted_and_a_summary_encoder(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
     D = plain.width
@@ -176,7 +176,7 @@ def test_a_folder_may_have_both_and_the_own_one_stays_a_beginning(folder, tmp_pa
     assert own_summary(lm).identity == first.encoder.identity
     moved = lm.encoder.to(torch.device("cpu"), torch.float32)
     assert torch.equal(moved.own.weight, first.encoder.weight)
-    # What else is trained for this model begins where it did without the adapters.
+    # Other trainings begin with the summary encoder, with and without the adapted one.
     runs = [RecurrentTraining(m, stream(m), RecurrentPlan(hidden=16)) for m in (first, lm)]
     assert runs[0].identity == runs[1].identity
     named = load_lm(str(folder), encoder=own / "adapted-encoder.safetensors")
@@ -185,7 +185,7 @@ def test_a_folder_may_have_both_and_the_own_one_stays_a_beginning(folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_passages_are_exact_from_it_alone_and_together():
+def test_passages_crammed_from_its_vectors_are_exact_alone_and_in_a_batch():
     lm = copy.copy(tiny())
     lm.encoder = encoder_of(lm)
     asked = [Passage(tuple(row.tolist()), i) for i, row in enumerate(stream(lm, 12).view(3, 4))]
@@ -207,7 +207,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-def test_the_gradient_is_that_of_the_cross_entropy_written_out(slots):
+def test_the_gradient_is_that_of_plain_cross_entropy(slots):
     lm = tiny()
     training = AdaptedTraining(lm, stream(lm), replace(SMALL, slots=slots, several=0.999))
     ids, found = one_step(training)
@@ -217,8 +217,8 @@ def test_the_gradient_is_that_of_the_cross_entropy_written_out(slots):
     assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 
 
-def test_a_step_has_about_the_positions_that_were_asked_for():
-    """The encoder and the model that decodes each read K vectors beside the tokens."""
+def test_a_step_has_about_the_positions_of_its_plan():
+    """The encoder and the model that decodes both read the tokens and K vectors."""
     training, seen = AdaptedTraining(tiny(), stream(tiny()), replace(SMALL, positions=300)), []
     training._descend = lambda vectors, ids: seen.append((vectors, ids)) or (1.0, 0.8)
     for training.step in range(12):
@@ -229,7 +229,7 @@ def test_a_step_has_about_the_positions_that_were_asked_for():
     assert {vectors.shape[1] for vectors, _ in seen} == {1, 2}
 
 
-def test_the_target_follows_the_length_of_a_step_in_units_of_the_target():
+def test_the_target_is_updated_with_the_length_as_a_share_of_the_target():
     training, seen = AdaptedTraining(tiny(), stream(tiny()), replace(SMALL, slots=1)), []
     training._descend = lambda vectors, ids: seen.append(ids.shape[1]) or (1.0, 0.8)
     training._follow = lambda share, *_: seen.append(share)
@@ -242,7 +242,7 @@ def test_the_target_follows_the_length_of_a_step_in_units_of_the_target():
 
 
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, own):
     lm = with_summary(tiny()) if own else tiny()
     partial = tmp_path / "e.partial"
     stopped_and_resumed(lambda: AdaptedTraining(lm, stream(lm), SMALL), partial, 3, monkeypatch)
@@ -253,8 +253,8 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
 
 
 @pytest.mark.slow
-def test_passages_grow_with_success_where_there_was_no_encoder(monkeypatch):
-    """Beside a model with its own summary encoder, all lengths are drawn from the first step."""
+def test_passages_grow_with_the_accuracy_without_a_summary_encoder(monkeypatch):
+    """With a summary encoder, all lengths are drawn from the first step."""
 
     def lengths(training, accuracy):
         seen = []
@@ -281,8 +281,8 @@ def test_passages_grow_with_success_where_there_was_no_encoder(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trained_encoder_goes_on_being_trained(tmp_path):
-    """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
+def test_a_training_can_begin_from_a_trained_encoder(tmp_path):
+    """`--begin` takes its weights; its identity is part of the run's."""
     lm, file = tiny(), tmp_path / "first.safetensors"
     save_encoder(file, AdaptedTraining(lm, stream(lm), SMALL).run(), lm)
     first, plan = load_encoder(file, lm), replace(SMALL, begin=str(file), seed=1)
@@ -302,8 +302,8 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_from_nothing_learns_to_give_passages_back():
-    """A random-weight model is read and written by its encoder: one pass gives tokens back."""
+def test_training_from_random_weights_learns_to_give_tokens_back():
+    """The model has random weights; one pass gives more leading tokens back after training."""
     lm = tiny()
     ids = stream(lm, 20_000)
     plan = AdaptedPlan(
@@ -341,16 +341,16 @@ def test_training_from_nothing_learns_to_give_passages_back():
         ({"lr": 0.0}, "^lr must"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(changes, says):
+def test_wrong_plans_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):
         replace(SMALL, **changes)
 
 
-def test_runs_that_cannot_be_are_refused():
+def test_models_and_texts_that_do_not_fit_the_plan_are_refused():
     lm = tiny()
     with pytest.raises(MemvecError, match=r"do not fit the context.*fewer slots"):
         AdaptedTraining(lm, stream(lm), replace(SMALL, longest=64))
-    mamba = tiny("mamba")  # of any length
+    mamba = tiny("mamba")  # its context has no limit
     with pytest.raises(MemvecError, match="too few to train an encoder on passages of 4000"):
         AdaptedTraining(mamba, stream(mamba), replace(SMALL, longest=2000))
     sparing = FrozenLM(build("llama"), name="sparing", checkpointing=True)
@@ -358,12 +358,12 @@ def test_runs_that_cannot_be_are_refused():
         AdaptedTraining(sparing, stream(lm), SMALL)
 
 
-def test_its_files_are_checked(tmp_path):
+def test_foreign_and_damaged_files_are_refused(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     save_encoder(file, encoder_of(lm), lm)
     with pytest.raises(MemvecError, match="was trained for other weights"):
         load_encoder(file, tiny(seed=1))
-    # Copies: what is read lies in the file, which is written anew.
+    # Tensors of older safetensors are views of the file, which is overwritten below.
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     modules = called_maps(lm)
 
@@ -391,7 +391,7 @@ def test_its_files_are_checked(tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_measured_and_taken_by_the_command(command, folder, tmp_path):
+def test_the_command_trains_measures_and_crams_with_an_adapted_encoder(command, folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     books, letter = tmp_path / "books.txt", tmp_path / "letter.txt"
     books.write_text("the cat sat on the mat and the dog, and so it went on. " * 200)
@@ -404,7 +404,7 @@ def test_trained_measured_and_taken_by_the_command(command, folder, tmp_path):
     file = own / "adapted-encoder.safetensors"
     encoder = load_lm(str(own)).encoder
     assert encoder.file == file
-    assert command(*train).code == 2  # it is there already
+    assert command(*train).code == 2  # the file exists
     measured = ["--lengths", "2,3", "--longest", 4, "--passages", 2, "--steps", 30, "--json"]
     ran = command("encoder", "measure", "-m", own, "--text", books, *measured)
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""One-pass encoders: training beside a frozen model, files, and the start they give."""
+"""One-pass encoders: training, files, the vectors that they give, and measures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def test_training_moves_the_encoder_and_nothing_else(family):
     lm = tiny(family)
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     text = stream(lm)
-    with torch.inference_mode(), torch.device("meta"):  # what a caller has set is set aside
+    with (
+        torch.inference_mode(),
+        torch.device("meta"),
+    ):  # settings of the caller that must not matter
         training = Training(lm, text, SMALL)
     start = {k: v.clone() for k, v in training.network.state_dict().items()}
     with torch.inference_mode(), torch.device("meta"):
@@ -69,8 +72,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
     assert encoder.tokens in GRID
 
 
-def test_the_loss_gradient_is_that_of_plain_cross_entropy():
-    """One training step's gradient against autograd through logits of the whole batch."""
+def test_the_gradient_is_that_of_plain_cross_entropy():
     lm, plan = tiny(), replace(SMALL, slots=1)
     training = Training(lm, stream(lm), plan)
     ids, found = one_step(training)
@@ -81,8 +83,8 @@ def test_the_loss_gradient_is_that_of_plain_cross_entropy():
 
 
 @pytest.mark.slow
-def test_training_learns():
-    """More of the passage comes back in one pass after training than before."""
+def test_training_reduces_the_loss():
+    """The mean loss of the last 20 steps is more than a tenth below that of the first 20."""
     lm = tiny()
     plan = SlotsPlan(steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2)
     losses = []
@@ -92,7 +94,7 @@ def test_training_learns():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, stop):
     lm, partial = tiny(), tmp_path / "e.partial"
     stopped_and_resumed(lambda: Training(lm, stream(lm), SMALL), partial, stop, monkeypatch)
     for other in (replace(SMALL, lr=0.01), replace(SMALL, steps=9)):
@@ -115,7 +117,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
             Training(lm, stream(lm), SMALL).run(partial)
 
 
-def test_a_checkpoint_is_of_one_model_in_one_form():
+def test_a_checkpoint_does_not_fit_the_quantized_model():
     lm = copy(tiny())
     whole = {"plan": {}, "model": model_of(lm)}
     assert _alike(whole, {"plan": {}, "model": model_of(tiny())})
@@ -125,7 +127,7 @@ def test_a_checkpoint_is_of_one_model_in_one_form():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
 def test_a_network_reads_embeddings_of_unit_size(family):
-    """As the model is handed them: Gemma scales those that it stores."""
+    """These are the inputs of the first layer: Gemma scales its stored embeddings."""
     lm = tiny(family)
     network = Training(lm, stream(lm), SMALL).network
     with torch.no_grad():
@@ -135,8 +137,8 @@ def test_a_network_reads_embeddings_of_unit_size(family):
 
 
 @pytest.mark.slow
-def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
-    """The longest passage is as long as the context allows, and the target follows the accuracy."""
+def test_the_target_length_follows_the_accuracy_up_to_the_context(monkeypatch):
+    """The longest passage is as long as the context allows."""
     lm = tiny()
     training = Training(lm, stream(lm, 20_000), replace(SMALL, slots=33, positions=1))
     assert training.longest == 2  # 33 x 2 tokens after 33 vectors, in a context of 128
@@ -149,7 +151,7 @@ def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_shortest_text_is_trained_on_to_the_end():
+def test_the_shortest_possible_text_can_be_trained_on():
     lm = tiny()
     plan = AdaptedPlan(steps=2, rank=2, longest=100, shortest=2, slots=1, positions=64, warmup=0)
     encoder = AdaptedTraining(lm, stream(lm, n=3450), plan).run()
@@ -165,12 +167,12 @@ def test_the_shortest_text_is_trained_on_to_the_end():
         ({"size": float("inf")}, "^size must"),
     ],
 )
-def test_plans_that_cannot_be_are_refused(changes, says):
+def test_wrong_plans_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):
         SlotsPlan(**changes)
 
 
-def test_too_little_text_and_a_loss_that_is_not_finite():
+def test_too_little_text_too_many_slots_and_a_loss_that_is_not_finite_are_refused():
     lm = tiny()
     with pytest.raises(MemvecError, match="too few"):
         Training(lm, stream(lm, 100), SMALL)
@@ -184,13 +186,15 @@ def test_too_little_text_and_a_loss_that_is_not_finite():
         training.run()
 
 
-# ---------------------------------------------------------------------- the vectors it gives
+# ---------------------------------------------------------------------- vectors, files, measures
 
 
 @pytest.mark.parametrize(("T", "K", "tokens"), [(17, 5, 0), (17, 5, 2), (20, 4, 3), (3, 5, 1)])
-def test_a_passage_is_read_in_equal_parts_one_after_the_other(T, K, tokens, monkeypatch):
-    """Of each part the leading tokens for its vectors; a passage of fewer tokens than vectors
-    gives some of them twice."""
+def test_a_passage_is_read_in_equal_parts_in_order(T, K, tokens, monkeypatch):
+    """Of each part, `tokens` leading ones per vector are read; with `whole`, all of them are.
+
+    A passage of fewer tokens than vectors has some of its tokens in two parts.
+    """
     lm, read = tiny(), []
     encoder = SlotEncoder(network_of(lm), tokens)
 
@@ -213,12 +217,12 @@ def test_a_passage_is_read_in_equal_parts_one_after_the_other(T, K, tokens, monk
 
 
 @pytest.mark.parametrize("K", [1, 2])
-def test_vectors_are_the_outputs_at_the_first_slots_in_the_models_units(K):
+def test_vectors_are_the_scaled_outputs_at_the_first_slots(K):
     lm = tiny()
     network, embedded = network_of(lm), torch.randn(3, 5, lm.width)
     with torch.no_grad():
         forth, back = network(embedded, K), network(embedded.flip(1), K)
-        assert not torch.allclose(forth, back, atol=1e-3)  # the order of tokens is read
+        assert not torch.allclose(forth, back, atol=1e-3)  # the order of tokens matters
         network.layers = torch.nn.Identity()
         found, at_slots = network(embedded, K), network.out(network.slots[:K])
     expected = 3.0 * at_slots + lm.embedding.weight.mean(0)
@@ -251,7 +255,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, K, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_encoder_reads_for_its_model_in_any_dtype(tmp_path, dtype):
+def test_an_encoder_reads_for_its_model_in_half_precision(tmp_path, dtype):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     save_encoder(file, SlotEncoder(network_of(lm)), lm)
     half = FrozenLM(build("llama").to(dtype), name="half")
@@ -259,7 +263,7 @@ def test_an_encoder_reads_for_its_model_in_any_dtype(tmp_path, dtype):
     assert torch.isfinite(found).all()
 
 
-def test_its_files_are_checked(tmp_path):
+def test_foreign_and_damaged_files_are_refused(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     save_encoder(file, SlotEncoder(network_of(lm)), lm)
     sound = file.read_bytes()
@@ -270,7 +274,7 @@ def test_its_files_are_checked(tmp_path):
         with pytest.raises(MemvecError, match="not an encoder that memvec can read"):
             load_encoder(file, lm)
     file.write_bytes(sound)
-    # Copies: older releases of safetensors read them from the file, which is written over below.
+    # Tensors of older safetensors are views of the file, which is overwritten below.
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     shape = json.dumps({"hidden": 16, "layers": 1, "heads": 2, "slots": 2})
 
@@ -307,7 +311,7 @@ def test_its_files_are_checked(tmp_path):
 
 
 def test_a_quantized_model_takes_no_encoder_from_its_folder(tmp_path):
-    """Those of a folder were trained for other weights; one that is named was asked for."""
+    """They were trained for the weights before quantization; a named encoder is taken."""
     lm = copy(tiny())
     save_encoder(tmp_path / FILE_NAME, SlotEncoder(network_of(lm)), lm)
     read_encoders(lm, tmp_path, None)
@@ -320,7 +324,7 @@ def test_a_quantized_model_takes_no_encoder_from_its_folder(tmp_path):
 
 
 class Asked(OnePassEncoder):
-    """Vectors of zeros; it keeps the passages that it was asked for."""
+    """An encoder whose vectors are zeros; `seen` has the passages that it read."""
 
     def __init__(self):
         self.tokens, self.max_vectors, self.seen = 0, 1, []
@@ -333,8 +337,8 @@ class Asked(OnePassEncoder):
         return torch.zeros(len(ids), K, lm.width)
 
 
-def test_the_held_out_end_of_a_text_is_measured_and_never_trained_on():
-    """Of lengths that are equally good, the shortest is the best one."""
+def test_the_best_length_is_measured_on_the_held_out_end_of_the_text():
+    """The shortest of equally good lengths is the best. Training gets the rest of the text."""
     lm, text = tiny(), stream(tiny(), n=4000)
     run = Training(lm, text, SMALL)
     assert torch.equal(run.text, text[:3920])
@@ -346,7 +350,7 @@ def test_the_held_out_end_of_a_text_is_measured_and_never_trained_on():
     assert all(bool((ids == 3).all()) for ids in encoder.seen)
 
 
-def test_windows_begin_at_every_place_of_a_text_and_nowhere_else():
+def test_windows_begin_at_every_possible_place_of_a_text():
     run, draw = Training(tiny(), stream(tiny()), SMALL), torch.Generator().manual_seed(0)
     found = run._windows(torch.arange(7), 200, 5, draw)
     assert {tuple(row) for row in found.tolist()} == {tuple(range(a, a + 5)) for a in range(3)}
@@ -357,10 +361,10 @@ def test_windows_begin_at_every_place_of_a_text_and_nowhere_else():
     ("share", "accuracy", "target"),
     [
         (1.0, 0.9, 10.2),
-        (0.7, 0.9, 10.0),  # short passages say nothing about longer ones
+        (0.7, 0.9, 10.0),  # much shorter passages do not raise it
         (1.0, 0.8, 10.0),
         (1.0, 0.6, 10 / 1.02),
-        (1.3, 0.6, 10.0),  # nor long ones about shorter ones
+        (1.3, 0.6, 10.0),  # much longer passages do not lower it
     ],
 )
 def test_the_target_length_follows_passages_of_about_its_length(share, accuracy, target):
@@ -374,7 +378,7 @@ def test_the_target_length_follows_passages_of_about_its_length(share, accuracy,
 
 
 def test_steps_draw_every_number_of_vectors_and_lengths_about_the_target():
-    """From half of the target length to its double, in a batch of about `positions` positions."""
+    """Lengths are from half to twice the target; a batch has about `positions` positions."""
     plan, seen = replace(SMALL, slots=3, positions=200), []
     run = Training(tiny(), stream(tiny()), plan)
 
@@ -391,7 +395,7 @@ def test_steps_draw_every_number_of_vectors_and_lengths_about_the_target():
         assert rows == count == 200 // (T + K)
 
 
-def test_gradients_have_at_most_length_1_and_none_is_left_for_the_next_step():
+def test_gradients_are_clipped_to_length_1_and_cleared_after_a_step():
     run, seen = Training(tiny(), stream(tiny()), SMALL), []
     parameters = list(run.network.parameters())
     numbers = sum(p.numel() for p in parameters)
@@ -402,12 +406,12 @@ def test_gradients_have_at_most_length_1_and_none_is_left_for_the_next_step():
     assert run.step == 3
 
 
-def test_what_a_step_says_is_bits_per_token_and_the_share_of_right_tokens():
+def test_a_step_reports_bits_per_token_and_the_share_of_right_tokens():
     lm = tiny()
     run, ids = Training(lm, stream(lm), SMALL), stream(lm, 60).view(5, 12)
     vectors = 3 * torch.randn(5, 2, lm.width, generator=torch.Generator().manual_seed(1))
     logits = lm.logits(vectors, ids)
-    ids[:3, 4] = logits[:3, 4].argmax(-1)  # tokens that are right, which changes none before them
+    ids[:3, 4] = logits[:3, 4].argmax(-1)  # three right tokens; earlier logits are unchanged
     ids[:, 5:] = ids[:, 5:].flip(0)
     logits = lm.logits(vectors, ids)
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
@@ -418,7 +422,7 @@ def test_what_a_step_says_is_bits_per_token_and_the_share_of_right_tokens():
     assert accuracy == pytest.approx(float(right.float().mean()))
 
 
-def test_a_network_begins_by_the_seed_of_its_plan_alone():
+def test_the_first_network_depends_only_on_the_seed_of_its_plan():
     lm, made = tiny(), []
     for seed, other_draws in ((0, 1), (0, 2), (1, 2)):
         torch.manual_seed(other_draws)
@@ -441,7 +445,7 @@ def test_outcomes_are_in_the_order_of_their_passages(monkeypatch):
     assert [outcome.passage.ids for outcome in found] == [(5, 6), (7, 8), (9, 5)]
 
 
-def test_shares_are_of_passages_and_intervals_are_half_widths(monkeypatch):
+def test_measures_of_passages_have_exact_shares_means_and_intervals(monkeypatch):
     measures = [PositionScores(*torch.ones(4, 2)).measures(2, n) for n in (2, 1, 2, 1)]
     costs = {"steps": 0, "spent": 0, "seconds": 0.0}
     ended = [
@@ -454,13 +458,15 @@ def test_shares_are_of_passages_and_intervals_are_half_widths(monkeypatch):
     lm.encoder = Asked()
     found = compare(lm, torch.tensor([[5, 6], [7, 8], [9, 5], [8, 8]]), [2])
     (row,) = found.rows
-    half = 3.182446 * math.sqrt(1 / 3) / 2  # of 2, 1, 2 and 1: Student's t, 3 degrees of freedom
+    half = (
+        3.182446 * math.sqrt(1 / 3) / 2
+    )  # Student's t with 3 degrees of freedom, for 2, 1, 2 and 1
     assert (row.one_pass_exact, row.one_pass_horizon) == pytest.approx((0.5, 1.5))
     assert (row.one_pass_interval, found.crammed_interval) == pytest.approx((half, half))
     assert (found.one_pass_lossless, found.crammed_n) == (2, 4)
 
 
-def test_every_step_and_purpose_has_draws_of_its_own():
+def test_every_step_and_purpose_has_its_own_random_seed():
     run = Training(tiny(), stream(tiny()), SMALL)
     seeds = [
         run._generator(name, n).initial_seed() for name in ("step", "length") for n in range(999)
@@ -468,7 +474,7 @@ def test_every_step_and_purpose_has_draws_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_a_summary_encoder_that_is_moved_reads_as_many_tokens_as_before():
+def test_a_summary_encoder_keeps_its_settings_in_another_dtype():
     width = tiny().width
     encoder = SummaryEncoder(torch.randn(2, width), torch.eye(width), torch.zeros(width), tokens=3)
     encoder.identity = "its own"
@@ -477,7 +483,7 @@ def test_a_summary_encoder_that_is_moved_reads_as_many_tokens_as_before():
     assert torch.equal(moved.summary, encoder.summary.bfloat16())
 
 
-def test_runs_of_two_seeds_draw_apart():
+def test_plans_with_different_seeds_have_different_random_seeds():
     first, second = (
         Training(tiny(), stream(tiny()), replace(SMALL, seed=seed))._generator("step", 3)
         for seed in (0, 1)
@@ -492,11 +498,10 @@ def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():
     assert len(Training(lm, stream(lm, 3352)[:-1], SMALL).held_out) == 68
 
 
-def test_cramming_starts_from_it_and_compares(capsys):
-    """The measured start is the encoder's; a good start needs fewer steps than noise does."""
+def test_the_comparison_crams_from_the_encoders_start_and_from_noise(capsys):
+    """The encoder gives exact vectors here, so its start needs no step; noise needs some."""
     lm = tiny()
     ids = stream(lm, 8).view(4, 2)
-    # the best start there is: vectors that were crammed, handed out by the encoder
     crammed = {
         o.passage.ids: o.vectors
         for o in Engine(lm, QUICK).run([Passage(tuple(r.tolist()), i) for i, r in enumerate(ids)])
@@ -527,8 +532,8 @@ def test_cramming_starts_from_it_and_compares(capsys):
         compare(lm, ids, [2], QUICK)
 
 
-def test_a_passage_that_is_never_exact_counts_with_all_steps(monkeypatch):
-    """It gives up early, and would look cheap; and half of the passages exact are enough."""
+def test_a_passage_that_is_not_exact_counts_as_all_steps_of_the_recipe(monkeypatch):
+    """Its own steps would look cheap. A length is lossless if half of its passages are exact."""
     lm = copy(tiny())
     lm.encoder = SlotEncoder(network_of(lm))
     ids = stream(lm, 48).view(2, 24)
@@ -545,7 +550,7 @@ def test_a_passage_that_is_never_exact_counts_with_all_steps(monkeypatch):
     assert compare(lm, ids[:, :8], [8, 4, 6], few).one_pass_lossless == 6
 
 
-def test_one_pass_reads_all_tokens_and_a_start_those_that_make_the_best_one(monkeypatch):
+def test_one_pass_reads_all_tokens_and_a_start_the_best_number_of_them(monkeypatch):
     lm, read = tiny(), []
 
     class Records(SlotEncoder):
@@ -555,12 +560,14 @@ def test_one_pass_reads_all_tokens_and_a_start_those_that_make_the_best_one(monk
 
     monkeypatch.setattr(lm, "encoder", Records(network_of(lm), tokens=3))
     compare(lm, stream(lm, 16).view(4, 4), [4], replace(QUICK, steps=1), batch_size=4)
-    assert read == [4, 3, 3]  # in one pass, and for the starts at this length and at the longest
+    assert read == [4, 3, 3]  # in one pass; for starts of this and of the longest length
 
 
 @pytest.mark.slow
-def test_from_the_command_line(command, tmp_path, letter, monkeypatch):
-    """Train beside a folder's model, measure, cram from it, decode without it."""
+def test_the_command_trains_measures_and_crams_with_an_encoder(
+    command, tmp_path, letter, monkeypatch
+):
+    """The encoder is trained for the model of a folder; decoding does not need it."""
     folder = tmp_path / "model"
     tokenizer = byte_tokenizer()
     model = build("llama", 0, vocab_size=len(tokenizer), hidden_size=64, head_dim=16)
@@ -613,8 +620,8 @@ def test_from_the_command_line(command, tmp_path, letter, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "trigger"])
-def test_a_training_replaces_nothing_but_its_like(kind, command, tmp_path, folder):
-    """Not its own text, and not the model's weights, whatever --force says."""
+def test_a_training_overwrites_only_an_earlier_encoder_or_trigger(kind, command, tmp_path, folder):
+    """Its text and the files of the model stay as they are, even with --force."""
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     (text := tmp_path / "text.safetensors").write_text("The boats came in one by one. " * 200)
     for target in (text, own / "model.safetensors", own / "config.json"):
@@ -625,7 +632,7 @@ def test_a_training_replaces_nothing_but_its_like(kind, command, tmp_path, folde
         assert target.read_bytes() == before
 
 
-def test_two_trainings_do_not_write_one_file(tmp_path):
+def test_a_second_training_into_the_same_file_is_refused(tmp_path):
     partial = tmp_path / "a.safetensors.partial"
     with (
         alone_at(partial),
@@ -639,7 +646,7 @@ def test_two_trainings_do_not_write_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "tokens", "count"), [(112, 8, 14), (200, 10, 12), (5000, 9, 30)])
-def test_passages_that_are_drawn_do_not_overlap(size, tokens, count):
+def test_drawn_passages_do_not_overlap(size, tokens, count):
     found = drawn(torch.arange(size), "t", tokens, count, 3)
     assert found.shape == (count, tokens)
     assert len(found.unique()) == count * tokens
@@ -647,13 +654,13 @@ def test_passages_that_are_drawn_do_not_overlap(size, tokens, count):
         drawn(torch.arange(tokens * count - 1), "t", tokens, count, 3)
 
 
-def test_a_column_of_no_table_is_told(tmp_path):
+def test_where_is_refused_for_a_text_that_is_no_table(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat")
     with pytest.raises(MemvecError, match="--where is of tables"):
         token_stream(reader(), str(tmp_path / "a.txt"), "text", ["split=train"])
 
 
-def test_making_a_training_leaves_the_callers_draws_alone():
+def test_a_new_training_does_not_change_the_global_random_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

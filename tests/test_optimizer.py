@@ -1,4 +1,4 @@
-"""Adam for many passages at once is Adam for each of them; objectives and schedules, slowly."""
+"""Optimisers, schedules and objectives against plain references; recipes and their values."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ B, K, D = 4, 2, 5
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.8), (0.0, 0.9)])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
-    """Passages move at different steps, so their step counts differ."""
+def test_adam_of_many_passages_is_torchs_adam_for_each(name, betas, decay):
+    """Passages skip different steps, so their step counts differ."""
     random = torch.Generator().manual_seed(0)
     rates = {"lr": 0.03, "beta1": betas[0], "beta1_rise": 0.0, "beta2": betas[1]}
     recipe = Recipe(optimizer=name, weight_decay=decay, **rates)
@@ -62,7 +62,7 @@ def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
     assert len(set(state.count.tolist())) > 1
 
 
-def test_a_passage_that_stands_still_is_not_touched_at_all():
+def test_a_passage_that_does_not_move_keeps_its_parameters_and_state():
     stacked = torch.randn(B, K, D, generator=torch.Generator().manual_seed(1))
     adam = AdamW(Recipe(optimizer="adamw", weight_decay=0.1))
     state = adam.fresh(stacked)
@@ -79,7 +79,7 @@ def test_a_passage_that_stands_still_is_not_touched_at_all():
 
 
 @pytest.mark.parametrize("name", registry.names("schedule"))
-def test_schedules(name):
+def test_schedules_count_the_columns_of_their_rule(name):
     best = torch.tensor([-1, 0, 3, 9, 10])
     ahead = torch.tensor([1, 4, 4, 4, 2])
     length = torch.tensor([10, 2, 10, 10, 10])
@@ -87,7 +87,7 @@ def test_schedules(name):
     state = schedule.fresh(torch.ones(5), torch.zeros(5, dtype=torch.bool))
     assert state.best.tolist() == [-1] * 5
     state.best = best
-    if name == "geometric":  # tests/test_terms.py has how its targets move
+    if name == "geometric":  # tests/test_terms.py checks its targets
         state.target = ahead
     if name == "growing":
         assert state.look_ahead.tolist() == [Recipe().look_ahead * K] * 5
@@ -98,7 +98,7 @@ def test_schedules(name):
         assert counted == min(n, reach)
 
 
-def test_stuck_vectors_are_enlarged_once_and_large_ones_never():
+def test_the_rate_of_stuck_vectors_is_raised_once_and_that_of_large_ones_never():
     recipe = Recipe(schedule="growing", stuck_after=3, lr_large=2.0)
     schedule = registry.get("schedule", "growing")(recipe, 1)
     state = schedule.fresh(torch.ones(2), torch.tensor([False, True]))
@@ -111,8 +111,8 @@ def test_stuck_vectors_are_enlarged_once_and_large_ones_never():
     assert state.enlarged.all()
 
 
-def test_rates_are_in_units_of_a_size_above_1_until_the_vectors_are_large():
-    """The rate of large vectors is `lr_large`, whatever size they began with."""
+def test_rates_are_multiples_of_the_first_size_above_1_until_vectors_are_large():
+    """The rate of large vectors is `lr_large`, independent of their first size."""
     recipe = Recipe(schedule="growing", stuck_after=2, lr=0.1, lr_large=2.0)
     schedule = registry.get("schedule", "growing")(recipe, 1)
     large = torch.tensor([False, False, False, True])
@@ -124,7 +124,7 @@ def test_rates_are_in_units_of_a_size_above_1_until_the_vectors_are_large():
     assert state.lr_scale.tolist() == pytest.approx([20.0] * 4)
 
 
-def test_a_schedule_notes_progress_and_runs_out_of_patience():
+def test_a_schedule_records_progress_and_runs_out_of_patience():
     schedule = registry.get("schedule", "whole")(Recipe(patience=3), 1)
     state = schedule.fresh(torch.ones(2), torch.zeros(2, dtype=torch.bool))
     for step, reached in enumerate(([0, 4], [0, 3], [2, 3], [2, 4], [2, 4])):
@@ -138,8 +138,8 @@ def test_a_schedule_notes_progress_and_runs_out_of_patience():
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("K", [1, 3])
-def test_what_counts_stays_until_all_of_it_is_right(after, K):
-    """Against a loop over passages and steps with a plain rule."""
+def test_the_counted_columns_stay_until_all_of_them_are_right(after, K):
+    """The reference is a loop over passages and steps."""
     schedule = Growing(Recipe(look_ahead=4, narrow_after=after), K)
     state = schedule.fresh(torch.ones(5), torch.zeros(5, dtype=torch.bool))
     draw = torch.Generator().manual_seed(K)
@@ -170,14 +170,14 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
 
 
 @pytest.mark.parametrize("after", [0, 5])
-def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
+def test_the_temperature_of_a_stuck_passage_falls_to_a_third(after):
     recipe = Recipe(temperature=0.6, stuck_after=after)
     stale = torch.tensor([0, 4, 5, 6, 65, 1000])
     slow = [0.6, 0.6, 0.6, 0.6 * 60 / 61, 0.3, 0.2] if after else [0.6] * 6
     assert annealed_temperature(stale, torch.full((6,), 0.5), recipe).tolist() == pytest.approx(
         slow
     )
-    # A large margin would not be felt any more: no colder than a fifth of it, nor warmer than ever.
+    # The temperature stays above a fifth of a large margin, but not above the recipe's.
     for margin in (1.5, 9.0):
         least = max(0.2, min(0.6, margin / 5))
         found = annealed_temperature(stale, torch.full((6,), margin), recipe).tolist()
@@ -186,10 +186,10 @@ def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
 
 @pytest.mark.parametrize("name", ["adam", "nadam"])
 @pytest.mark.parametrize("rise", [0.0, 0.25, 0.4])
-def test_the_mean_gradient_against_its_definition(rise, name):
-    """A weighted mean of all gradients so far, with weights that add up to one.
+def test_the_mean_gradient_is_the_weighted_mean_of_its_definition(rise, name):
+    """The weights of all gradients so far add up to one.
 
-    `nadam` follows the mean that there would be if the newest gradient came once more.
+    `nadam` takes the mean after one more occurrence of the newest gradient.
     """
     recipe = Recipe(lr=1.0, beta1=0.9, beta1_rise=rise, beta2=0.0)
     adam, parameters = registry.get("optimizer", name)(recipe), torch.zeros(1, 1, 2)
@@ -209,14 +209,14 @@ def test_the_mean_gradient_against_its_definition(rise, name):
     assert sum(weights) == pytest.approx(1.0 if rise else 1 - 0.9**40)
 
 
-def test_the_decay_of_the_mean_gradient_rises_to_beta1_and_no_further():
+def test_the_decay_of_the_mean_gradient_rises_to_beta1():
     moved, recipe = torch.arange(40.0), Recipe(beta1=0.6, beta1_rise=0.5)
     expected = [min(0.6, 1 - 1 / (1 + 0.8 * t**0.5)) for t in range(40)]
     assert first_decay(moved, recipe).tolist() == pytest.approx(expected)
     assert expected.count(0.6) > 30
 
 
-def test_the_default_looks_ahead_and_published_recipes_do_not():
+def test_published_presets_have_adamw_and_the_default_full_matrix():
     assert Recipe().optimizer == "full-matrix"
     for name, where in registry.BUILT_IN["preset"].items():
         published = where.startswith("memvec.arms.presets:")
@@ -241,7 +241,7 @@ def test_each_passage_has_its_own_rate():
 
 
 def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:
-    """One position's loss in plain Python."""
+    """The loss of one position in plain Python."""
     T = recipe.temperature
     if name != "margin":
         return T * (math.log(math.fsum(math.exp(x / T) for x in row)) - row[true] / T)
@@ -252,7 +252,7 @@ def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0])
 @pytest.mark.parametrize("name", registry.names("objective"))
-def test_objectives_position_by_position(name, temperature):
+def test_objectives_are_their_formulas_at_every_position(name, temperature):
     recipe = Recipe(objective=name, temperature=temperature, margin=0.7)
     logits = 2 * torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     ids = torch.tensor([0, 8, 3, 3, 1, 5])
@@ -265,7 +265,7 @@ def test_objectives_position_by_position(name, temperature):
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0])
 def test_gradients_of_the_loss_have_no_denormal_numbers(spread):
-    """They halve the speed of a CPU; what replaces them is too small to be felt."""
+    """They halve the speed of a CPU; their replacement differs by less than 1e-6."""
     recipe, warm = Recipe(), torch.full((50,), 0.25)
     logits = spread * torch.randn(50, 300, generator=torch.Generator().manual_seed(4))
     ids = torch.arange(50)
@@ -279,8 +279,8 @@ def test_gradients_of_the_loss_have_no_denormal_numbers(spread):
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("name", registry.names("objective"))
-def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows):
-    """Losses, margins and the gradient at the states, against one plain backward pass."""
+def test_scores_in_chunks_are_those_of_one_plain_backward_pass(monkeypatch, name, rows):
+    """These are losses, margins and the gradient at the states."""
     H, V, T = 6, 11, 7
     random = torch.Generator().manual_seed(3)
     weight = torch.randn(V, H, generator=random)
@@ -295,7 +295,7 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
         widest.append(len(part))
         return part @ weight.T
 
-    warm = torch.tensor([0.3, 0.1, 2.0])  # each passage its own
+    warm = torch.tensor([0.3, 0.1, 2.0])  # one temperature for each passage
     found = score(head, states, ids, recipe, temperature=warm)
     asked = torch.full((3,), recipe.margin)
     share = objective_named(name).weights(counted, found.margin, asked)
@@ -352,8 +352,8 @@ def test_passages_without_a_temperature_have_that_of_the_recipe(reference):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_a_tie_is_right_where_no_margin_is_asked_and_greedy_decoding_takes_it(reference):
-    """Greedy decoding takes the first of equal tokens. A required margin is reached by no tie."""
+def test_a_tie_is_right_if_greedy_decoding_takes_it_and_no_margin_is_required(reference):
+    """Greedy decoding takes the first of equal tokens. No tie reaches a required margin."""
     logits = torch.tensor([[[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 1.5, 1.0]]])
     options = {"temperature": torch.ones(1), "V": 3, "reference": reference}
     for asked in (0.0, 0.5):
@@ -368,7 +368,7 @@ def test_a_tie_is_right_where_no_margin_is_asked_and_greedy_decoding_takes_it(re
 
 
 @pytest.mark.parametrize("name", registry.names("objective"))
-def test_a_row_that_is_not_finite_spoils_no_other(name):
+def test_a_row_that_is_not_finite_changes_no_other(name):
     weight = torch.eye(4)
     states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(4))
     ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
@@ -393,7 +393,7 @@ def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
 
 
 def test_direct_coordinates_are_a_copy_of_the_vectors():
-    """An optimiser moves parameters in place, and the best vectors so far stay."""
+    """An optimiser changes parameters in place, and the vectors must not change with them."""
     vectors, direct = torch.randn(B, K, D), Direct(Recipe(), K, tiny())
     parameters = direct.parameters(vectors)
     assert torch.equal(direct.vectors(parameters), vectors)
@@ -425,14 +425,14 @@ def test_direct_coordinates_are_a_copy_of_the_vectors():
         ({"learning_rate": 1}, "a recipe has no 'learning_rate'"),
     ],
 )
-def test_a_recipe_says_what_is_wrong_with_it(untyped, changes, sentence):
+def test_wrong_values_of_a_recipe_are_refused(untyped, changes, sentence):
     with pytest.raises(MemvecError, match=sentence):
         Recipe.of("default", **changes)
 
 
 @pytest.mark.parametrize("made", [Recipe, Recipe.of, partial(replace, Recipe())])
 def test_values_have_the_types_of_their_fields(untyped, made):
-    """However a recipe is made, equal ones have equal records, and so equal keys."""
+    """So equal recipes have equal records and keys, no matter how they are made."""
     recipe = made(lr=1, steps=np.int64(40), margin=np.float32(0.5), temperature="2")
     assert all(type(getattr(recipe, f.name)) is type(f.default) for f in fields(Recipe))
     assert json.dumps(recipe.record()) == json.dumps(
@@ -443,7 +443,7 @@ def test_values_have_the_types_of_their_fields(untyped, made):
             made(**wrong)
 
 
-def test_presets_are_recipes_with_changes(untyped):
+def test_a_preset_has_its_values_and_takes_changes(untyped):
     with pytest.raises(MemvecError, match="did you mean 'paper'"):
         Recipe.of("papre")
     paper = Recipe.of("paper", steps="7")
@@ -454,8 +454,8 @@ def test_presets_are_recipes_with_changes(untyped):
 
 
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0, 9), (4, 0), (4, 20), (5, 6)])
-def test_the_rate_of_each_move_is_that_of_transformers_schedule(warmup, decay):
-    """Of the first move too, for passages that begin at different steps."""
+def test_the_rate_of_each_step_is_that_of_the_schedules_of_transformers(warmup, decay):
+    """Two passages begin at different steps; the first step of each is compared too."""
     recipe = Recipe(optimizer="adamw", lr=0.1, lr_end=0.02, warmup=warmup, decay=decay, beta2=0.9)
     rows = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
     separate = [torch.nn.Parameter(row.clone()) for row in rows]
@@ -469,7 +469,7 @@ def test_the_rate_of_each_move_is_that_of_transformers_schedule(warmup, decay):
     schedules = [kind(optimizer) for optimizer in theirs]
     ours = AdamW(recipe.__class__(**(vars(recipe) | {"beta1": 0.9, "beta1_rise": 0.0})))
     state = ours.fresh(rows)
-    for step in range(decay or 30):  # theirs rises again after its last step
+    for step in range(decay or 30):  # the cosine of transformers rises after its last step
         moving, gradient = torch.tensor([True, step >= 7]), torch.randn(2, 1, 4)
         ours.step(rows, gradient, state, moving)
         for b in range(2):
