@@ -447,8 +447,8 @@ def test_a_gpu_gets_enough_slots_to_be_busy(monkeypatch, tokens, vectors):
         assert default_batch_size(lm, tokens, vectors, facts) == min(fits, 32)
 
 
-def test_memory_that_torch_keeps_and_does_not_use_is_free(monkeypatch):
-    """After a run, the allocator keeps blocks that the driver counts as taken."""
+def test_memory_that_torch_reserves_but_does_not_use_counts_as_free(monkeypatch):
+    """After a run, torch keeps unused blocks, which the driver does not count as free."""
     facts, on_gpu = facts_of_config(LLAMA_8B, 2), copy(tiny())
     on_gpu.device = torch.device("cuda")
 

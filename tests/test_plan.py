@@ -59,7 +59,7 @@ def test_exact_passages_of_one_length_give_an_estimate_without_deviation(tokens)
 
 
 @pytest.mark.slow
-def test_tokens_per_vector_are_those_of_the_pieces_of_a_passage():
+def test_tokens_per_vector_count_the_vectors_of_all_pieces_of_a_passage():
     """A passage of seven tokens that is cut has as many vectors as pieces."""
     lm = reader()
     planned = plan(lm, Document.of(lm, WORDS), tokens=8, recipe=Recipe(steps=1), batch_size=1)
@@ -76,7 +76,7 @@ def test_a_text_of_which_more_than_half_would_be_sampled_is_measured_whole(sampl
     assert (len(document.ids), planned.sampled, planned.sampled_tokens) == (7, sampled, sampled)
 
 
-def test_sampled_passages_are_those_of_the_text_at_their_places():
+def test_sampled_passages_have_the_ids_of_the_text_at_their_offsets():
     lm = reader()
     document, options = Document.of(lm, TEXT), {"recipe": QUICK, "batch_size": 1}
     job = CramJob(lm, [document], 1, tokens=3, storage=storage_of("float32"), **options)
@@ -98,8 +98,8 @@ def test_the_seconds_of_a_passage_are_those_of_all_its_pieces():
     assert cost.seconds == pytest.approx(200 * 1.5 * 0.01 + 3 * 0.25)
 
 
-def test_what_is_spent_is_kept_of_a_passage_and_of_each_of_its_halves():
-    """Also of the first half, which begins where the passage does."""
+def test_the_costs_of_a_passage_and_of_each_of_its_halves_are_kept():
+    """The first half has the offset of its passage, but its own entry."""
     lm = reader()
     document, options = Document.of(lm, "the cat sat on"), {"recipe": Recipe(steps=0)}
     job = CramJob(
@@ -189,7 +189,7 @@ def test_the_options_of_the_command_are_those_of_the_plan(command, folder, tmp_p
 
 
 def test_no_total_of_a_plan_is_below_zero(capsys):
-    """A symmetric interval of few passages may begin below 0, and the mean stays in it."""
+    """The symmetric interval of few passages may begin below 0; it is printed from 0."""
     lm = reader()
     planned = plan(lm, Document.of(lm, WORDS), tokens=1, recipe=QUICK, sample=2)
     total = Mean(20.0, -5.0, 45.0, 9.0, 3)

@@ -100,8 +100,8 @@ def test_whitened_gradients_have_the_roots_of_the_eigenvalues(family):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
 
 
-def test_each_rotated_number_is_along_one_direction():
-    """A vector along the direction i is the parameter i alone, and the other way round."""
+def test_each_parameter_moves_the_vector_along_one_direction():
+    """A vector along direction i has only parameter i, and that parameter gives this vector."""
     lm = tiny()
     directions = principal.gradient_spectrum(lm).directions.T
     rotated = principal.Principal(Recipe(), 1, lm)
@@ -145,8 +145,8 @@ def test_other_spaces_have_direct_coordinates_in_their_recipe(recipe):
         assert Engine(lm, replace(recipe, **changes)).recipe.coordinates == "direct"
 
 
-def test_vectors_that_decode_in_one_step_are_moved_directly():
-    """The directions are those of gradients in front of tokens."""
+def test_one_step_vectors_have_direct_coordinates():
+    """The directions are of gradients at vectors in front of tokens, which e and m are not."""
     lm = tiny()
     for layout in ("one-step", "one-step-shared"):
         for name in ("principal", "whitened"):

@@ -59,8 +59,8 @@ def test_the_reference_stops_after_its_patience_and_its_steps():
     assert len(losses) in (2, 3)  # 2 if no token is right at first: then no accuracy is better
 
 
-def test_the_patience_of_the_reference_begins_with_the_first_step_without_a_right_token():
-    """As in the published loop; a first step with a right token is progress."""
+def test_the_first_step_of_the_reference_counts_as_progress_if_a_token_is_right():
+    """As in the published loop, a first step without a right token uses up patience."""
     lm = tiny()
     first = torch.randn(1, lm.width, generator=torch.Generator().manual_seed(0))
     best = int(lm.logits(first[None], torch.zeros(1, 1, dtype=torch.long))[0, 0].argmax())

@@ -276,8 +276,8 @@ def test_the_alignment_of_a_text_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("lengths", [(2, 5), (5, 2), (3, 3)])
-def test_states_of_short_and_long_texts_are_kept_whole_together(lengths):
-    """A passage that enters a slot later may be longer than all before it."""
+def test_joined_states_of_texts_of_different_lengths_are_padded_with_zeros(lengths):
+    """A passage that enters a slot later may be longer than all earlier ones."""
     first, second = (torch.randn(2, tokens, 3, 4) for tokens in lengths)
     both = PlainStates(first).joined(PlainStates(second)).states
     assert both.shape == (4, max(lengths), 3, 4)

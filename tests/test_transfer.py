@@ -104,8 +104,8 @@ def test_the_map_is_the_ridge_solution_of_its_penalty():
     np.testing.assert_allclose(fitted(x).mean(0), y.mean(0))
 
 
-def test_a_map_does_not_depend_on_the_unit_of_its_inputs():
-    """Models have embeddings of very different sizes: penalties are in units of the vectors."""
+def test_the_fit_of_a_map_does_not_depend_on_the_scale_of_its_inputs():
+    """Models have embeddings of very different sizes, so penalties are relative to the inputs."""
     x, y, _ = pairs(30, 8, 4, 0.5, seed=3)
     fit, scaled = fit_linear(x, y), fit_linear(1000 * x, y)
     assert fit.penalty > 0
