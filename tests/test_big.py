@@ -319,7 +319,7 @@ SIZED = ["llama", "qwen2", "qwen3", "olmo2", "gpt-neox", "gpt2"]
 
 
 def test_vectors_in_front_are_inputs_too():
-    """All but one: the last token is predicted, and not read."""
+    """The last token is predicted and not read."""
     facts = replace(facts_of_config(tiny().config, 4), kept=10.0)
     assert estimate(facts, batch_size=2, tokens=9, vectors=4).activations == 2 * 12 * 10
     assert estimate(facts, batch_size=2, tokens=9).activations == 2 * 9 * 10
@@ -327,7 +327,7 @@ def test_vectors_in_front_are_inputs_too():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "gemma3", "olmo2"])
 def test_channels_through_norms_are_those_of_a_layer(family):
-    """Of one token; families differ in the norms around attention and MLP, and inside attention."""
+    """Families differ in the norms around attention and MLP, and inside attention."""
     lm, seen = tiny(family), []
     norms = [m for m in layers_of(lm.model)[0].modules() if type(m).__name__.endswith("Norm")]
     hooks = [m.register_forward_hook(lambda *a: seen.append(a[-1].numel())) for m in norms]

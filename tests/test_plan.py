@@ -143,7 +143,9 @@ def test_a_passage_that_is_halved_counts_with_all_its_pieces(capsys):
     mem = codec.cram(lm, [WORDS], **options)
     assert planned.vectors.mean == pytest.approx(len(mem.passages))
     assert planned.inexact == sum(not p.exact for p in mem.passages)
-    _print_plan(replace(planned, inexact=3), "letter.txt", "float32")  # of one sampled passage
+    _print_plan(
+        replace(planned, inexact=3), "letter.txt", "float32"
+    )  # three pieces of one sampled passage
     said = " ".join(capsys.readouterr().out.split())
     assert "; 3 of their pieces did not become exact" in said
 

@@ -110,14 +110,14 @@ def tarasov(
         def embedding():
             return layer(coefficients)
 
-    family_rate = 0.5 if lm.config.model_type == "gpt_neox" else 0.1  # Pythia, and the others
+    family_rate = 0.5 if lm.config.model_type == "gpt_neox" else 0.1  # the first is that of Pythia
     optimizer = torch.optim.AdamW(parameters, lr=family_rate, betas=(0.9, 0.9), weight_decay=0.01)
     rate = get_scheduler(
         "cosine_with_min_lr", optimizer, 100, 10_000, scheduler_specific_kwargs={"min_lr": 1e-3}
     )
     tokens, stage, best, found, stages = torch.tensor(ids), 1, 0, [], []
     while len(found) < MOVES:
-        if doubling:  # progress is what is right in the whole passage, not only in the stage
+        if doubling:  # right tokens after the stage count as progress, too
             whole = torch.cat([embedding(), lm.embedding(tokens)])[None]
             right = lm.model(inputs_embeds=whole).logits[0, :-1].argmax(-1) == tokens
             best = max(best, int(right.int().cumprod(0).sum()))
@@ -243,7 +243,7 @@ def test_coordinates_represent_any_vectors(name, K):
 
 
 def test_published_recipes_start_from_their_distributions():
-    """Uniform in [0, 0.02); a linear layer's bias, uniform in +-1/sqrt(d), plus a little."""
+    """Uniform in [0, 0.02) is one; the other is a linear layer's bias, uniform in +-1/sqrt(d)."""
     lm, passage = tiny(), passages(5, seed=31)[0]
     (uniform,) = start_vectors(lm, [passage.ids], 64, Recipe.of("progressive"))
     assert 0 <= float(uniform.min()) < 0.001 < 0.019 < float(uniform.max()) < 0.02
@@ -264,7 +264,7 @@ def test_their_starts_depend_on_the_passage_and_the_seed_only(start):
 
 
 def test_low_dim_begins_as_a_new_linear_layer_over_small_coefficients():
-    """Of many numbers each: uniform in [0, 0.02), and in +-1/sqrt(d) as torch.nn.Linear's."""
+    """Coefficients are uniform in [0, 0.02), and weights in +-1/sqrt(d) as in torch.nn.Linear."""
     z, W = basis(Recipe(dimensions=16), 64, 64)
     assert (z.shape, W.shape) == ((64, 16), (16, 64))
     assert 0 <= float(z.min()) < 0.001 < 0.019 < float(z.max()) < 0.02

@@ -216,7 +216,7 @@ def test_geometric_growth_takes_fewer_stages_than_tokens():
 @pytest.mark.parametrize("wait", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_targets_are_those_of_the_rule_written_out_for_one_passage(seed, wait):
-    """Of any progress: also more tokens than count, and passages that go on after a failure."""
+    """Progress is random: it exceeds the counted tokens at times, and continues after failures."""
     schedule = Geometric(replace(GEOMETRIC, look_ahead=2, narrow_after=wait), K=2)
     state = schedule.fresh(torch.ones(1), torch.zeros(1, dtype=torch.bool))
     draw = random.Random(seed)

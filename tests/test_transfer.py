@@ -77,7 +77,7 @@ def test_the_explained_share_is_that_of_leaving_one_out(n, inputs):
         rest = np.arange(n) != i
         mean_in, mean_out = x.mean(0), y.mean(0)
         a, b = x[rest] - mean_in, y[rest] - mean_out
-        # The hat matrix counts the mean beside the penalty: an intercept without one.
+        # The fit takes the mean as an intercept without penalty.
         a1 = np.column_stack([a, np.ones(n - 1)])
         penalties = np.diag([fit.penalty] * inputs + [0.0])
         weight = np.linalg.solve(a1.T @ a1 + penalties, a1.T @ b)
@@ -97,7 +97,7 @@ def test_the_map_is_the_ridge_solution_of_its_penalty():
     draw = np.random.default_rng(5)
     x, y = draw.normal(2, 1, (12, 6)), draw.normal(0, 3, (12, 4))
     fitted = fit_linear(x, y)
-    assert fitted.penalty > 1  # noise alone: the map is pulled to the mean
+    assert fitted.penalty > 1  # y is noise, so the map is close to its mean
     a, b = x - x.mean(0), y - y.mean(0)
     theirs = np.linalg.solve(a.T @ a + fitted.penalty * np.eye(6), a.T @ b)
     np.testing.assert_allclose(fitted.weight, theirs, rtol=1e-8, atol=1e-12)
@@ -122,7 +122,7 @@ def test_too_few_pairs_have_no_map():
 def test_the_map_of_a_model_to_itself_gives_its_vectors():
     """With the same start, mapped vectors differ from crammed ones by less than 10 %."""
     lm = tiny()
-    # More pairs than the 32 dimensions of a vector.
+    # The fit needs more pairs than a vector has dimensions (32).
     asked = torch.randint(2, lm.vocab_size, (45, 2), generator=torch.Generator().manual_seed(0))
     transfer = fit_transfer(lm, lm, asked.tolist(), 1, RECIPE)
     assert transfer.mapping.explained > 0.99
@@ -135,7 +135,7 @@ def test_the_map_of_a_model_to_itself_gives_its_vectors():
 
 def test_only_pairs_that_are_exact_in_both_models_are_fitted(monkeypatch):
     lm, rows = tiny(), np.random.default_rng(0).standard_normal((12, 4))
-    exact = {1: np.arange(12) != 3, 2: np.arange(12) != 7}  # by the number of steps
+    exact = {1: np.arange(12) != 3, 2: np.arange(12) != 7}  # keyed by the number of steps
 
     def crammed(_lm, _ids, _K, recipe):
         return rows, exact[recipe.steps]
