@@ -243,7 +243,7 @@ def test_coordinates_represent_any_vectors(name, K):
 
 
 def test_published_recipes_start_from_their_distributions():
-    """Uniform in [0, 0.02) is one; the other is a linear layer's bias, uniform in +-1/sqrt(d)."""
+    """One start is uniform in [0, 0.02); the other is a linear layer's bias, in +-1/sqrt(d)."""
     lm, passage = tiny(), passages(5, seed=31)[0]
     (uniform,) = start_vectors(lm, [passage.ids], 64, Recipe.of("progressive"))
     assert 0 <= float(uniform.min()) < 0.001 < 0.019 < float(uniform.max()) < 0.02
