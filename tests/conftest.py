@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network for a model is a wrong test
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download a model
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-gc.disable()  # until all is imported: collections would take a quarter of that time
+gc.disable()  # during the imports, of whose time collections would take a quarter
 
 import jaxtyping
 import pytest
@@ -49,10 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test over all families, `make check` runs a few that differ most.
+    """Mark tests as slow: those of most families, and those of a whole study.
 
-    Outside of the tests of families these are an attention model and a recurrent one. It leaves out
-    tests of a whole study, too, which has to be run first (fixtures of their files).
+    `make check` runs a test over families with the few that differ most: outside of
+    test_families.py, an attention model and a recurrent one. A test with one of the fixtures
+    'study', 'done' and 'killed' needs a whole study, which takes long.
     """
     for item in items:
         if {"study", "done", "killed"} & set(getattr(item, "fixturenames", ())):
@@ -66,15 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Each test begins with every call checked."""
+    """Count calls anew in each test, so that the first calls of each function are checked."""
     typechecks.calls.clear()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Collect again, but never look through what the imports made: it is large, and it stays.
+    """Turn collections on again, without the objects of the imports, which are many and stay.
 
-    And more rarely than by default, which takes a twentieth of the time of tests of tiny models.
+    Collections are rarer than by default, where they take a twentieth of the time of tests.
     """
     gc.collect()
     gc.freeze()
@@ -84,13 +85,13 @@ def pytest_runtestloop() -> None:
 
 @pytest.fixture(autouse=True)
 def _shown(request: pytest.FixtureRequest, record_property: Callable[..., None]) -> None:
-    """What this test shows travels with its report, to the process that writes the page."""
+    """Add the claim of a test (column, family) to its report, from which the page is written."""
     if (marker := request.node.get_closest_marker("shows")) is not None:
         record_property("shows", (marker.args[0], request.node.callspec.params["family"]))
 
 
-V = 24  # few tokens: a random model then gives any short passage back to some vector
-STD = {"embedding": 0.2, "linear": 0.35, "head": 0.3}  # large: a vector must move the logits
+V = 24  # few tokens, so that any short passage of a random model decodes from some vector
+STD = {"embedding": 0.2, "linear": 0.35, "head": 0.3}  # large, so that a vector changes the logits
 MODEL = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -105,7 +106,7 @@ MODEL = {
 UNLIMITED = {k: v for k, v in MODEL.items() if k != "max_position_embeddings"}
 GROUPED = MODEL | {"num_key_value_heads": 2, "head_dim": 8}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-SLIDING = {"sliding_window": 5}  # shorter than what is decoded
+SLIDING = {"sliding_window": 5}  # shorter than the passages
 EXPERTS = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -208,7 +209,7 @@ LINEAR = GROUPED | {
     "linear_num_value_heads": 4,
 }
 
-# Families beyond the list that we promise; they get the short test.
+# Further families, which docs/models.md lists without columns; they have a shorter test.
 ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-gpt": ("OpenAIGPTConfig", MODEL | GPT),
     "gptj": ("GPTJConfig", MODEL | GPT | {"rotary_dim": 4}),
@@ -279,7 +280,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3NextConfig",
         LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
     ),
-    "qwen3-next-linear": (  # no layer of the other kind, which its cached forward asks for lengths
+    "qwen3-next-linear": (  # no full attention, whose cache gives the length to a cached forward
         "Qwen3NextConfig",
         LINEAR | {"layer_types": ["linear_attention", "linear_attention"]},
     ),
@@ -294,7 +295,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
         {k: v for k, v in MODEL.items() if k not in ("hidden_size", "num_hidden_layers")}
         | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
     ),
-    "gemma4": (  # heads of two sizes; without embeddings of tokens in each layer
+    "gemma4": (  # heads of two sizes; no token embeddings in each layer
         "Gemma4TextConfig",
         GROUPED
         | SLIDING
@@ -330,7 +331,7 @@ WITHOUT_CACHE: dict[str, str] = {
     "qwen3-next-linear": "its forward with a cache fails",
     "minimax": "its cached decoding disagrees with its own forward",
 }
-# Families that only newer releases of transformers compute so that they can be served.
+# Families that pass the self-checks only with newer releases of transformers: release, and why.
 SERVED_SINCE = {"doge": ("5.18", "a later token changed an earlier prediction")}
 TOO_NEW = {
     family
@@ -358,13 +359,13 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 @functools.cache
 def tiny(family: str = "llama", dtype: str = "float32", seed: int = 0) -> FrozenLM:
-    """A frozen tiny model, built once for all tests: they may look at it but not change it.
+    """A frozen tiny model, built once for all tests, which must not change it.
 
-    A test that sets an attribute sets it on a copy: pytest before 9 leaves a method that was set on
-    an object there, bound to it, and views of the model would inherit it.
+    A test that sets an attribute sets it on a copy. After `monkeypatch`, pytest before 9 leaves a
+    method on an object, bound to it, and views of the model would inherit it.
     """
     model = build(family, seed).to(getattr(torch, dtype))
-    with warnings.catch_warnings():  # tests/test_caching.py is about them
+    with warnings.catch_warnings():  # tests/test_caching.py tests them
         warnings.simplefilter("ignore", SlowPathWarning)
         return FrozenLM(model, name=f"tiny-{family}")
 
@@ -390,7 +391,7 @@ SPECIAL = ["<s>", "</s>"]
 
 
 def fast(tokenizer: Tokenizer, **options: Any) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer as transformers wants it."""
+    """A tokenizer of transformers, with BOS and EOS."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options
     )
@@ -398,7 +399,7 @@ def fast(tokenizer: Tokenizer, **options: Any) -> transformers.PreTrainedTokeniz
 
 @functools.cache
 def byte_tokenizer(merges: int = 42) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE: gives every text back to the letter."""
+    """Byte-level BPE, which decodes every text to the same bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -414,7 +415,7 @@ def byte_tokenizer(merges: int = 42) -> transformers.PreTrainedTokenizerFast:
 
 @functools.cache
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words only: lowers the case, drops white space, has no token for what it does not know."""
+    """One token for each known word, [UNK] for others; it lowers the case and drops white space."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -435,7 +436,7 @@ def reader(kind: str = "bytes", seed: int = 0, **changes: Any) -> FrozenLM:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama and its tokenizer, saved as any Hugging Face model is."""
+    """A folder with a tiny Llama and its tokenizer in the format of Hugging Face."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     lm = reader()
     lm.model.save_pretrained(path)
@@ -455,9 +456,9 @@ def every_protocol(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_words() -> Iterator[None]:
-    """Certificates of use ask 4 words, not 48: for files about anything else than their figures.
+    """Certificates of use have queries of 4 tokens instead of 48, for tests of other properties.
 
-    All tests of a file name it, so that each is the same alone and after the others.
+    All tests of a file name it, so that each gives the same result alone and after the others.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certificate, "TOKENS", 4)
@@ -466,7 +467,7 @@ def few_words() -> Iterator[None]:
 
 @pytest.fixture
 def untyped() -> Iterator[None]:
-    """As in daily use: no signature is checked, so that memvec's own sentences are heard."""
+    """No signature is type-checked, as outside of tests, so that memvec's own errors are raised."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -477,7 +478,7 @@ def untyped() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """The path of a Python that starts at once, in a process of its own (tests/preloaded.py)."""
+    """The path of a Python that has torch imported already (tests/preloaded.py)."""
     return os.environ["MEMVEC_TEST_PYTHON"]
 
 
@@ -488,14 +489,14 @@ command_of = functools.cache(typer.main.get_command)
 
 
 class Ran:
-    """What a run of the command left: exit code, standard output and error."""
+    """The exit code, standard output and standard error of a run of the command."""
 
     def __init__(self, code: int, out: bytes, err: str) -> None:
         self.code, self.out, self.err = code, out, err
 
     @property
     def sentence(self) -> str:
-        """The last line on standard error, which is where a complaint stands."""
+        """The last line on standard error, where an error is printed."""
         return self.err.strip().splitlines()[-1] if self.err.strip() else ""
 
 
@@ -505,7 +506,7 @@ def command(
 ) -> Iterator[Callable[..., Ran]]:
     """Run `memvec` in this process, through its own entry point.
 
-    What typer makes of the verbs is made once: it takes longer than what many of them do.
+    typer builds the command once for all tests, because that takes longer than many verbs.
     """
     from memvec import cli
 

@@ -1,15 +1,16 @@
 """A Python for the programs that tests start, in which torch and transformers are imported already.
 
-Their import takes most of the time of such a program. Here one process imports them, once for all
-workers of a run and only when a first program is asked for, and forks a process for each program:
+Their import takes most of the time of such a program. So one server process imports them, once for
+all workers of a run and only when a test starts a first program. It forks a process for each
+program:
 
     python preloaded.py serve SOCKET        imports, forks, and ends with its standard input
-    python preloaded.py run SOCKET ...      what a test starts in the place of `python ...`
+    python preloaded.py run SOCKET ...      a test starts this instead of `python ...`
 
-The second hands its words, environment, folder and standard streams over, passes signals on, and
-ends as the program ends. The program has `sys.path` and `sys.argv` as the interpreter sets them,
-and it imports memvec itself. Tests of an import, or of the interpreter's end, start
-`sys.executable`. With MEMVEC_TRUE_PYTHON=1 all tests do.
+The second sends its arguments, environment, working directory and standard streams to the server,
+passes signals on, and ends as the program ends. The program has `sys.path` and `sys.argv` as the
+interpreter sets them, and it imports memvec itself. Tests of an import, or of the interpreter's
+end, start `sys.executable`. With MEMVEC_TRUE_PYTHON=1 all tests do.
 """
 
 import atexit
@@ -35,11 +36,11 @@ import peft, pydantic, rich.console, safetensors.torch, tokenizers, torch, typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM, PreTrainedTokenizerFast
 gc.collect()
-gc.freeze()  # a collection in a program does not touch, and so copy, what all of them share
+gc.freeze()  # so a collection in a program does not write to, and copy, pages that all share
 gc.enable()
 """
 
-# Nothing passes a SIGKILL on; SIGUSR1, which ends a Python as abruptly, becomes one.
+# A SIGKILL cannot be passed on. So a test sends SIGUSR1, and the program gets a SIGKILL.
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -48,10 +49,10 @@ PASSED_ON = {
 
 
 def begin() -> tuple[str, Callable[[], None]]:
-    """Start the process that forks; returns the path of the Python for tests, and what ends it."""
+    """Start the server; returns the path of the Python for tests, and a function that ends it."""
     if os.environ.get("MEMVEC_TRUE_PYTHON") or sys.platform != "linux":
         return sys.executable, lambda: None
-    folder = Path(tempfile.mkdtemp(prefix="memvec-"))  # short: so must a socket's path be
+    folder = Path(tempfile.mkdtemp(prefix="memvec-"))  # short, because a socket's path must be
     words = [sys.executable, "-P", __file__]
     python, path = folder / "python", folder / "socket"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{path}" "$@"\n')
@@ -65,7 +66,7 @@ def begin() -> tuple[str, Callable[[], None]]:
         env=own,
         start_new_session=True,
     )
-    server.stdout.readline()  # it listens
+    server.stdout.readline()  # wait until it listens
 
     def end() -> None:
         server.communicate()
@@ -74,11 +75,11 @@ def begin() -> tuple[str, Callable[[], None]]:
     return str(python), end
 
 
-# ---------------------------------------------------------------------- in the program's place
+# ---------------------------------------------------------------------- the client
 
 
 def run(path: str, words: list[str]) -> int:
-    """Ask for a program and wait for it: its exit code, or the end by the signal that ended it."""
+    """Start a program and wait for it; returns its exit code, or ends by the same signal."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(path)
         socket.send_fds(line, [b"."], [0, 1, 2])
@@ -96,18 +97,18 @@ def run(path: str, words: list[str]) -> int:
     return os.WEXITSTATUS(status)
 
 
-# ---------------------------------------------------------------------- the process that forks
+# ---------------------------------------------------------------------- the server
 
 
 def serve(path: str) -> list[str] | None:
-    """Fork a process for each program that is asked for, and return its words there.
+    """Fork a process for each program that a client starts, and return its arguments there.
 
-    Returns None in the first process, when its standard input has ended.
+    Returns None in the server itself, when its standard input has ended.
     """
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
-    # Programs can be interrupted, also where a shell started all this in the background.
+    # A shell that starts the tests in the background makes them ignore SIGINT; programs need it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("listening", flush=True)
     imported, keepers = False, 0
@@ -129,10 +130,10 @@ def serve(path: str) -> list[str] | None:
 
 
 def keep(line: socket.socket, path: str) -> list[str]:
-    """Fork the program, and stay behind to pass signals to it and its end to who asked.
+    """Fork the program; this process passes signals to it and its exit status to the client.
 
-    Returns the program's words in its own process, whose streams, environment, folder and
-    interpreter are those that were asked for.
+    Returns the program's arguments in its own process, which has the streams, the environment, the
+    working directory and the interpreter of the client.
     """
     _, streams, _, _ = socket.recv_fds(line, 1, 3)
     words, environment, folder = json.loads(line.makefile().readline())
@@ -142,7 +143,7 @@ def keep(line: socket.socket, path: str) -> list[str]:
         def pass_on() -> None:
             while told := line.recv(1):
                 os.kill(program, told[0])
-            os.kill(program, signal.SIGKILL)  # who asked was killed
+            os.kill(program, signal.SIGKILL)  # the client was killed
 
         threading.Thread(target=pass_on, daemon=True).start()
         line.sendall(b"%d\n" % os.waitpid(program, 0)[1])
@@ -159,7 +160,7 @@ def keep(line: socket.socket, path: str) -> list[str]:
 
 
 def execute(words: list[str]) -> None:
-    """What `python WORDS` does: `-c CODE`, `-m MODULE`, a file or a folder with `__main__.py`."""
+    """Do what `python WORDS` does, for `-c CODE`, `-m MODULE`, a file, or a folder."""
     first, *rest = words
     before = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     if first == "-c":
@@ -176,9 +177,9 @@ def execute(words: list[str]) -> None:
 
 
 def finish(words: list[str]) -> None:
-    """Execute, and end as the interpreter does, except that it clears no modules.
+    """Execute the program, and end as the interpreter does, except that no modules are cleared.
 
-    To clear hundreds of them takes half a second, and no program that a test starts depends on it.
+    Clearing hundreds of them takes half a second, and no program that a test starts depends on it.
     """
     code: object = 0
     try:

@@ -85,7 +85,7 @@ recipe = { lr = 0.1, steps = 8 }
 """
 )
 
-# Beside the others, whose rows other tests make up.
+# Not in EVERYTHING; tests of the protocol 'usable' add it to HEAD.
 USABLE = """
 [[runs]]
 protocol = "usable"
@@ -115,12 +115,12 @@ def run(spec: Spec, base: Path, out: Path, text: str = "") -> StudyStatus:
 
 
 def maker(model: ModelSpec) -> LocalPool:
-    """The tiny model under whatever name."""
+    """The tiny model, for every name of a model."""
     return LocalPool(reader())
 
 
 def everything(folder: Path) -> dict[tuple[str, int], tuple[object, ...]]:
-    """All rows without their times, with their vectors' digests, by key."""
+    """All rows by cell and number, without their times and with the digests of their vectors."""
     with Store(folder) as store:
         rows = store.db.execute(
             "SELECT cell, number, passage, status, exact, horizon, accuracy, steps, spent, digest, "

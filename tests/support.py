@@ -1,11 +1,11 @@
-"""docs/models.md: what the family tests show, written by the run that showed it.
+"""docs/models.md, written by a run of the family tests from their results.
 
     pytest tests/test_families.py --models docs/models.md
 
 A test of a property over families is marked `@shows(COLUMN, FAMILIES)`, which parametrises it and
-enters its families here. The page is made from these entries; with the option it is written only
-after a run in which every entry passed, and `test_the_page_says_what_is_tested` keeps the two
-alike: a family without a row, or a 'yes' without a test, fails.
+enters its families into `CLAIMS`. The page is made from these entries. With the option it is
+written only after a run in which every entry passed. `test_the_page_says_what_is_tested` fails if
+a family has no row, or if a 'yes' has no test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 CLAIMS: dict[str, list[str]] = {}  # column -> families that its test covers
 
-# family -> what people call models of it
+# family -> the common name of its models
 KNOWN_AS = {
     "bloom": "BLOOM (ALiBi)",
     "cohere": "Command R (logits scaled)",
@@ -121,7 +121,7 @@ are asserted with two vectors and short passages."""
 
 
 def shows(column: str, families: Iterable[str]) -> Callable[[Any], Any]:
-    """Mark a test as what a column of the page stands on, for these families."""
+    """Mark a test as the one behind a column of the page, for these families."""
     CLAIMS[column] = sorted(families)
 
     def mark(test: Any) -> Any:
@@ -135,8 +135,8 @@ def page(
 ) -> str:
     """The whole page.
 
-    `refused` holds the sentence for each family that is not served, `without` why a family is
-    decoded without a cache, `since` the release that a family is served from, and why.
+    `refused` holds the error for each family that memvec refuses, `without` the reason why a family
+    is decoded without a cache, `since` the first release of transformers for a family, and why.
     """
     columns = list(CLAIMS)
     families = sorted({f for covered in CLAIMS.values() for f in covered})
@@ -164,7 +164,7 @@ def page(
 
 
 class Writer:
-    """Writes the page at the end of a run in which every claim was tested and held."""
+    """Writes the page at the end of a run in which every claim was tested and true."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -172,14 +172,14 @@ class Writer:
         self.failed = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Collect what held; reports reach this process from xdist's workers too."""
-        # The one test that must fail before the page is written anew does not stop it.
+        """Collect the claims that were true; xdist's workers send their reports here, too."""
+        # This test compares the old page, so it may fail in the run that writes the new one.
         self.failed |= report.failed and not report.nodeid.endswith("the_page_says_what_is_tested")
         if report.when == "call" and report.passed:
             self.held |= {value for name, value in report.user_properties if name == "shows"}
 
     def pytest_sessionfinish(self) -> None:
-        """Write, or say what is missing."""
+        """Write the page, or raise an error that names claims without a passed test."""
         from test_families import models_page
 
         claimed = {(column, f) for column, covered in CLAIMS.items() for f in covered}

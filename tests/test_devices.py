@@ -1,4 +1,4 @@
-"""The path of a GPU on a machine without one: `pretended_gpu.py`, in a process of its own."""
+"""The code for a GPU, tested on a CPU with a simulated device (tests/pretended_gpu.py)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = [
         reason="this torch takes no pretended device",
     ),
 ]
-# transformers looks for packed sequences in each forward pass, and makes an empty cache of each
-# layer on the CPU; a graph of steps leaves out both (memvec.graphs). The oldest release that is
-# allowed also makes the number of eager attention's masks there.
+# Waits that transformers causes. Each forward pass looks for packed sequences and makes an empty
+# cache of each layer on the CPU; a graph of steps does neither (memvec.graphs). The oldest release
+# that is allowed also makes the value of eager attention's masks on the CPU.
 OF_TRANSFORMERS = (
     "packed_sequence_mask",
     "torch.tensor([]",
@@ -31,7 +31,7 @@ OF_TRANSFORMERS = (
 
 @pytest.fixture
 def said_by(python: str) -> Callable[[str], dict[str, Any]]:
-    """What a part of the program says, which begins with torch already imported."""
+    """Runs a part of the program in a Python that has torch imported; returns its JSON."""
     program = Path(__file__).with_name("pretended_gpu.py")
 
     def run(part: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def said_by(python: str) -> Callable[[str], dict[str, Any]]:
     return run
 
 
-def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits(said_by):
+def test_the_simulated_gpu_refuses_tensors_of_two_devices_and_counts_waits(said_by):
     said = said_by("mixed")
     assert said["refused"] == ["Expected all tensors to be on the same device"] * 2
     assert said["total"] == 6.0
@@ -52,16 +52,16 @@ def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits(said_by):
 
 
 def test_no_recipe_makes_a_gpu_wait_between_polls(said_by):
-    """Nor do its tensors meet those of another device, from the first step to the certificate, and
-    no kernel is called that CUDA refuses under deterministic algorithms or leaves to MAGMA."""
+    """From the first step to the certificate, no operation has tensors of two devices, and none
+    calls a kernel that CUDA refuses under deterministic algorithms or that MAGMA computes."""
     for name, said in said_by("cram").items():
         ours = [w for w in said["waits"] if not any(words in w for words in OF_TRANSFORMERS)]
         assert ours == [], name
         assert said["outcomes"] == 3, name
 
 
-def test_every_training_runs_and_is_measured_on_a_gpu(said_by):
-    """Also where it begins with the model's own encoder, which is on the GPU already."""
+def test_every_training_runs_and_its_encoder_is_measured_on_a_gpu(said_by):
+    """A training may start from the model's own encoder, which is on the GPU already."""
     assert said_by("train") == {
         "slots": "SlotEncoder",
         "adapted": "AdaptedEncoder",
@@ -72,8 +72,8 @@ def test_every_training_runs_and_is_measured_on_a_gpu(said_by):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
-def test_an_untied_head_on_another_gpu_is_still_computed_apart(said_by):
-    """Else each step would compute and keep the logits of every token of the vocabulary; those that
-    come back from there are in the model's dtype, not in float32."""
-    told = {"head": True, "states": [1, 5, 32], "device": "gpu:0", "crossed": ["bfloat16"]}
-    assert said_by("split") == told
+def test_an_untied_head_on_another_gpu_is_computed_apart_from_the_model(said_by):
+    """With the head inside the model, a step would keep the logits of every position. Logits that
+    come from the other GPU have the model's dtype, not float32."""
+    expected = {"head": True, "states": [1, 5, 32], "device": "gpu:0", "crossed": ["bfloat16"]}
+    assert said_by("split") == expected

@@ -1,4 +1,4 @@
-"""The slots: passages never touch, and what is kept is what was measured."""
+"""The engine: passages do not affect each other, and it keeps the vectors that it measured."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from properties import moves, paths
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
 ONE_IN_CHECK = [pytest.param(r, marks=[pytest.mark.slow] * (r != "vectors")) for r in START_RULES]
-ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
+ENDLESS = Recipe(steps=12, margin=1000.0)  # no passage meets this margin: all make all steps
 
 
 def crammed(lm, asked, recipe=ENDLESS, **options):
-    """Outcome by passage ids."""
+    """The outcomes of the passages, by token ids."""
     return {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
 
 
-# ---------------------------------------------------------------------- passages never touch
+# ---------------------------------------------------------------------- passages are independent
 
 
 @pytest.mark.slow
@@ -47,9 +47,9 @@ def crammed(lm, asked, recipe=ENDLESS, **options):
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("family", FEW)
 def test_a_passages_vectors_do_not_depend_on_its_neighbours(family, fixed, vectors, schedule):
-    """Bit-equal in the same slot of a batch of the same shape, whoever is beside it.
+    """In the same slot of a batch of the same shape the parameters are equal bit for bit.
 
-    In another slot it is equal up to rounding, which may differ from row to row of a product.
+    In another slot they are equal up to rounding, which may differ between rows of a product.
     """
     lm, recipe = tiny(family), replace(ENDLESS, schedule=schedule, steps=6, lr=0.01, lr_large=0.0)
     a, b, c, d = passages(6, 6, 6, 6, seed=4)
@@ -79,7 +79,7 @@ def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
-def test_refilled_slots_give_what_each_passage_gets_alone(family):
+def test_passages_in_refilled_slots_are_crammed_as_alone(family):
     lm, recipe = tiny(family), replace(ENDLESS, lr=0.01, lr_large=0.0)
     asked = passages(7, 3, 5, 2, 4, seed=6)
     of_two, of_four = (paths(Engine(lm, recipe, batch_size=size), asked) for size in (2, 4))
@@ -87,14 +87,14 @@ def test_refilled_slots_give_what_each_passage_gets_alone(family):
     for passage in asked:
         alone = paths(Engine(lm, recipe), [passage])[passage]
         assert moves(alone)
-        assert len(alone) == recipe.steps + 1  # the last one only measures
+        assert len(alone) == recipe.steps + 1  # the last call of `step` only measures
         for together in (of_two, of_four):
             torch.testing.assert_close(together[passage], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_refilled_slots_end_exact_whatever_the_lengths():
-    """Short newcomers take the slots that long passages leave, and the other way round."""
+    """Short passages take slots that long ones leave, and the other way round."""
     lm, asked = tiny(), passages(2, 5, 3, 2, 4, 2, 3, 5, seed=7)
     for batch_size in (2, 3):
         outcomes = crammed(lm, asked, QUICK, vectors=2, batch_size=batch_size)
@@ -127,7 +127,7 @@ def test_passages_pushed_between_outcomes_are_crammed_too():
 
 @functools.cache
 def given_back() -> tuple[torch.Tensor, list[int]]:
-    """Vectors of tiny Llama's and the 90 tokens that they give back."""
+    """Vectors for the tiny Llama, and the 90 tokens that decode from them."""
     first = torch.full((1, 1, tiny().width), 0.5)
     (own,) = decode_ids(tiny(), first, [90])
     return first, own
@@ -136,9 +136,10 @@ def given_back() -> tuple[torch.Tensor, list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}, {"poll": 8}])
 @pytest.mark.parametrize("schedule", ["growing", "whole", "geometric"])
-def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
-    """Of 40 tokens that the first vectors give back, as many come as the passage has room for
-    alone: beside one that is at its 70th token, too, in fixed shapes, and between rare looks."""
+def test_the_columns_of_a_passage_do_not_depend_on_its_neighbour(schedule, shapes):
+    """The first vectors give back all 40 tokens, and a step finds those in the passage's columns.
+    These are the same alone and beside a passage that has 70 right tokens, also in fixed shapes and
+    between rare polls."""
     lm, (first, own) = tiny(), given_back()
     passage = Passage(tuple(own[:40]), 0)
     other = Passage(tuple(own[:80]) + tuple((t + 5) % lm.vocab_size for t in own[80:]), 1)
@@ -152,7 +153,7 @@ def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
             engine.push(one)
         engine.fill(2)
         if neighbours:
-            engine.batch.schedule.best[:] = 70  # it is so far on
+            engine.batch.schedule.best[:] = 70  # right tokens of the neighbour
         engine.push(passage)
         engine.fill(2)
         row = [job.passage for job in engine.jobs].index(passage)
@@ -170,7 +171,7 @@ def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
 def test_padding_that_a_model_masks_fails_no_passage(schedule):
-    """The loss at the padding (token 0) of a short passage is infinite then."""
+    """The model gives token 0 the logit -inf, so the loss at padding (token 0) is infinite."""
     lm, recipe = copy(tiny()), replace(QUICK, schedule=schedule, steps=60)
     head = lm._head
     lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
@@ -181,8 +182,8 @@ def test_padding_that_a_model_masks_fails_no_passage(schedule):
     assert (alone.steps, alone.spent) == (both[short].steps, both[short].spent)
 
 
-def test_the_least_bits_of_a_passage_are_its_own_where_padding_is_masked():
-    """They were lost beside a longer passage: the padding's infinite loss times 0."""
+def test_masked_padding_does_not_change_the_smallest_h_mem_of_a_passage():
+    """The infinite loss at the padding, times a weight of 0, must not make the sum NaN."""
     lm = copy(tiny())
     head = lm._head
     lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
@@ -198,8 +199,9 @@ def test_the_least_bits_of_a_passage_are_its_own_where_padding_is_masked():
     "objective",
     [*(pytest.param(o, marks=pytest.mark.slow) for o in ("cross-entropy", "deficit")), "margin"],
 )
-def test_a_passage_that_a_model_never_writes_fails_and_its_padding_does_not(objective):
-    """A weight by the margin is infinite or no number there, and moved vectors to no number."""
+def test_a_token_of_logit_minus_infinity_fails_only_passages_that_contain_it(objective):
+    """A passage that is only padded with the token is crammed as alone, although the weights by
+    margin at its padding are infinite or NaN."""
     lm = copy(tiny())
     head = lm._head
     lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
@@ -215,7 +217,7 @@ def test_a_passage_that_a_model_never_writes_fails_and_its_padding_does_not(obje
 
 
 @pytest.mark.parametrize("poll", [1, 3, 8])
-def test_looking_less_often_changes_nothing(poll):
+def test_rare_polls_change_no_vectors_and_no_costs(poll):
     lm, (passage,) = tiny(), passages(4, seed=8)
     often = crammed(lm, [passage], QUICK, vectors=2, poll=1)[passage.ids]
     seldom = crammed(lm, [passage], QUICK, vectors=2, poll=poll)[passage.ids]
@@ -228,9 +230,9 @@ def test_looking_less_often_changes_nothing(poll):
 @pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}])
 @pytest.mark.parametrize("poll", [1, 3, 8])
 @pytest.mark.parametrize("look_ahead", [1, 8])
-def test_between_two_looks_a_passage_has_the_columns_that_it_has_alone(look_ahead, poll, shapes):
-    """Of 90 tokens that the first vectors give back, as many are found in each step, although the
-    neighbour, which is at its 80th token, has room for more."""
+def test_between_polls_a_passage_has_the_columns_that_it_has_alone(look_ahead, poll, shapes):
+    """The first vectors give back all 90 tokens. Each step finds as many of them as it finds alone,
+    although the neighbour, which has 80 right tokens, has more columns."""
     lm, (first, own) = tiny(), given_back()
     passage, other = Passage(tuple(own), 0), Passage((*own[:-1], (own[-1] + 5) % V), 1)
     recipe = replace(QUICK, margin=0.0, look_ahead=look_ahead, lr=1e-6, lr_large=0.0)
@@ -249,7 +251,7 @@ def test_between_two_looks_a_passage_has_the_columns_that_it_has_alone(look_ahea
             if step % poll == 0:
                 engine.fill(2)
             engine.step()
-            # The cost of a step is what counted in it: the tokens of a new stage wait for a step.
+            # A step costs the tokens that counted in it; a new stage counts from the next step.
             seen.append((int(engine.batch.schedule.best[row]), int(engine.batch.spent[row])))
     assert alone == beside
     assert alone[0][0] == 16
@@ -257,7 +259,7 @@ def test_between_two_looks_a_passage_has_the_columns_that_it_has_alone(look_ahea
 
 
 def test_a_fixed_shape_stays_fixed(monkeypatch):
-    """The same (B, T) at every step, although passages leave one by one and nobody waits."""
+    """All steps have the same (B, T), although passages leave one by one and none waits."""
     lm, shapes = copy(tiny()), set()
     states = lm.states
 
@@ -272,7 +274,7 @@ def test_a_fixed_shape_stays_fixed(monkeypatch):
     assert len(shapes) == 1
 
 
-# ---------------------------------------------------------------------- measured, then kept
+# ---------------------------------------------------------------------- measures, costs and starts
 
 
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
@@ -281,7 +283,7 @@ def test_a_fixed_shape_stays_fixed(monkeypatch):
     ("length", "steps"), [(3, 600), pytest.param(12, 40, marks=pytest.mark.slow)]
 )
 def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, storage, schedule):
-    """The kept vectors are those of the first best measurement, to the bit, not one step later."""
+    """They are bit for bit those of the first best measurement, not those of one step later."""
     lm, (passage,) = tiny(), passages(length, seed=10)
     recipe = Recipe(steps=steps, patience=600, schedule=schedule)
     measured, reached = [], []
@@ -309,8 +311,8 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("vectors", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):
-    """Measured again from the stored vectors with nothing but the model's logits."""
+def test_the_measures_of_an_outcome_are_those_of_its_vectors(rule, vectors):
+    """The test measures the stored vectors again, with the model's logits only."""
     lm, recipe = tiny(), Recipe(steps=40, start_rule=rule)
     given = int(rule == "first-token")
     for outcome in Engine(lm, recipe, vectors=vectors, batch_size=4).run(
@@ -334,7 +336,7 @@ def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):
             assert m.margin >= outcome.margin_asked - 1e-4
 
 
-def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
+def test_a_passage_that_runs_out_of_steps_has_the_horizon_of_its_vectors():
     lm, (passage,) = tiny(), passages(20, seed=12)
     (outcome,) = Engine(lm, Recipe(steps=30)).run([passage])
     assert (outcome.status, outcome.exact, outcome.steps) == ("budget", False, 30)
@@ -344,8 +346,9 @@ def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "given"), [("vectors", 0), ("bos", 1), ("first-token", 1)])
-def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, given):
-    """Forward-backward tokens: what counts, and what stands before it besides the last vector."""
+def test_the_cost_of_a_passage_does_not_depend_on_its_neighbours(rule, given):
+    """A step costs the inputs of its predictions, in forward-backward tokens: the vectors, a given
+    token, and all tokens that count but the last."""
     lm, (short, long) = tiny(), passages(6, 20, seed=12)
     recipe = Recipe(steps=7, schedule="whole", margin=1e3, start_rule=rule)
     for outcome in Engine(lm, recipe, vectors=2, batch_size=2).run([short, long]):
@@ -357,7 +360,7 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
 
 
 class Guess(OnePassEncoder):
-    """Vectors of one size for every passage, worth `tokens` tokens each."""
+    """An encoder that gives every passage vectors of one size; each encodes `tokens` tokens."""
 
     def __init__(self, size, tokens):
         self.size, self.tokens = size, tokens
@@ -371,8 +374,8 @@ class Guess(OnePassEncoder):
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("size", [0.5, 3.0])
-def test_vectors_are_large_but_near_an_encoders_start_until_stuck(after, size):
-    recipe = Recipe(  # without progress
+def test_vectors_of_an_encoder_are_enlarged_only_if_stuck(after, size):
+    recipe = Recipe(  # no token meets the margin, so there is no progress
         look_ahead=2, narrow_after=after, stuck_after=after, margin=1e3, temperature=1.0
     )
     lm = copy(tiny())
@@ -389,12 +392,12 @@ def test_vectors_are_large_but_near_an_encoders_start_until_stuck(after, size):
     for _ in range(5):
         engine.step()
         seen.append((engine.batch.schedule.enlarged.tolist(), engine.batch.schedule.stage.tolist()))
-    # The first step finds nothing right, which is more than nothing measured.
+    # The first step counts as progress, although it finds no right token: nothing was measured yet.
     assert [large[1] for large, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
     assert all(large[0] for large, _ in seen)
     small = engine.batch.parameters.square().mean(-1).sqrt()[1, 0] < recipe.lr_large / 2
     assert bool(small) == (not after)
-    # Only who is large already has its stages halved when it is stuck.
+    # Being stuck halves the stage of a passage only if its vectors are large already.
     assert seen[-1][1] == ([1, 2] if after else [2, 2])
 
 
@@ -417,7 +420,7 @@ def test_which_passages_begin_with_large_vectors(start, tokens):
     assert float(published.batch.parameters.abs().max()) < 0.02
 
 
-def test_a_passage_in_slot_again_stays_large():
+def test_large_vectors_count_as_large_when_their_passage_gets_a_slot_again():
     lm, (passage,) = copy(tiny()), passages(5, seed=17)
     lm.encoder = Guess(0.5, 6)
     recipe = Recipe(margin=1e3, steps=30, stuck_after=5)
@@ -430,7 +433,7 @@ def test_a_passage_in_slot_again_stays_large():
         engine.jobs, engine.batch = [], None
 
 
-def test_patience_ends_a_hopeless_passage():
+def test_patience_stops_a_passage_without_progress():
     lm, (passage,) = tiny(), passages(30, seed=12)
     (outcome,) = Engine(lm, Recipe(steps=5000, patience=3)).run([passage])
     assert outcome.status == "budget"
@@ -438,7 +441,7 @@ def test_patience_ends_a_hopeless_passage():
 
 
 @pytest.mark.parametrize("large", [0.0, 12.8])
-def test_no_steps_at_all_measures_the_start(large):
+def test_a_recipe_without_steps_returns_the_start(large):
     lm, (passage,) = tiny(), passages(5, seed=13)
     recipe = Recipe(steps=0, lr_large=large)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
@@ -454,7 +457,7 @@ def test_no_steps_at_all_measures_the_start(large):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
-def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family):
+def test_numbers_that_are_not_finite_do_not_affect_other_slots(monkeypatch, family):
     lm, asked, start = tiny(family), passages(5, 5, 5, seed=14), start_vectors
     recipe = replace(ENDLESS, lr=0.01, lr_large=0.0)
     sound, poisons = paths(Engine(lm, recipe, batch_size=3), asked), {}
@@ -485,8 +488,10 @@ def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["spread", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.05), (0.02, 0.05), (1.0, 2.0)])
-def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised, unit):
-    """With twice the margin, or a twentieth of the logits' spread where none was asked."""
+def test_a_passage_that_does_not_decode_is_crammed_on_with_a_larger_margin(
+    monkeypatch, margin, raised, unit
+):
+    """The new margin is twice the old one, and at least 0.05 of the spread of the logits."""
     lm, (passage,), lies = tiny(), passages(3, seed=15), []
 
     def lying(*arguments, **options):
@@ -506,7 +511,7 @@ def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raise
     assert outcome.metrics.margin >= raised - 1e-4
 
 
-def test_a_decode_that_always_disagrees_comes_to_an_end(monkeypatch):
+def test_a_passage_that_never_decodes_comes_to_an_end(monkeypatch):
     lm, (passage,) = tiny(), passages(2, seed=15)
     monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
     (outcome,) = Engine(lm, Recipe(steps=60), vectors=2).run([passage])
@@ -516,8 +521,8 @@ def test_a_decode_that_always_disagrees_comes_to_an_end(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_a_passage_without_budget_is_not_tried_again(monkeypatch, more):
-    """Its decoding disagrees at the step that spends the whole budget, or all of it but a token."""
+def test_a_passage_that_has_spent_its_budget_is_not_crammed_on(monkeypatch, more):
+    """Decoding fails at the step that spends the whole budget, or all of it but one token."""
     lm, (passage,) = tiny(), passages(2, seed=15)
     monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
     (once,) = Engine(lm, replace(QUICK, if_not_exact="stop"), vectors=2).run([passage])
@@ -530,7 +535,8 @@ def test_a_passage_without_budget_is_not_tried_again(monkeypatch, more):
 
 @pytest.mark.parametrize("batch_size", [3, 4])
 def test_passages_that_wait_for_certification_count_as_slots(batch_size):
-    """So no more than `batch_size` passages are begun and not certified, and half are in slots."""
+    """So at most `batch_size` passages are begun and not certified. While passages wait, at least
+    half of the slots are taken."""
     asked, certified, begun = passages(*[2, 3] * 4, seed=7), [], []
     engine = Engine(tiny(), QUICK, vectors=2, batch_size=batch_size)
     step = engine.step
@@ -550,8 +556,8 @@ def test_passages_that_wait_for_certification_count_as_slots(batch_size):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "full-matrix"])
-def test_passages_that_keep_their_slots_feel_nothing_of_the_others_that_lose_theirs(optimizer):
-    """Where memory runs out: the first half goes on with all of its state."""
+def test_halving_the_batch_does_not_affect_passages_that_keep_their_slots(optimizer):
+    """The batch is halved if memory runs out. The first half continues with all of its state."""
     recipe = replace(ENDLESS, optimizer=optimizer, lr=0.01, lr_large=0.0)
     found = []
     for halved in (False, True):
@@ -570,7 +576,7 @@ def test_passages_that_keep_their_slots_feel_nothing_of_the_others_that_lose_the
 
 
 def test_the_tokens_of_an_engine_are_those_of_its_passages():
-    """Passages of one length that all count: their steps, and the last one, which moves nothing."""
+    """The engine counts all steps, also the last one, which only measures; every token counts."""
     seen = []
     recipe = replace(ENDLESS, schedule="whole", start_rule="bos")
     engine = Engine(tiny(), recipe, vectors=2, batch_size=5, on_progress=seen.append)
@@ -600,7 +606,7 @@ def test_waiting_passages_hold_no_tensors():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_longest_wait_least(batch_size):
+def test_the_longest_passages_are_crammed_first(batch_size):
     asked = passages(2, 6, 4, 3, 5, seed=17)
     order = [len(o.passage) for o in Engine(tiny(), ENDLESS, batch_size=batch_size).run(asked)]
     assert order == [6, 5, 4, 3, 2]
@@ -614,7 +620,7 @@ def test_the_longest_wait_least(batch_size):
         ({"batch_size": 0}, {}, "^batch_size must"),
     ],
 )
-def test_settings_that_cannot_work(options, recipe, word):
+def test_fewer_than_one_vector_or_slot_is_refused(options, recipe, word):
     with pytest.raises(MemvecError, match=word):
         Engine(tiny(), Recipe(**recipe), **options)
 
@@ -638,7 +644,7 @@ def test_a_model_without_a_limit_takes_any_length():
     assert outcome.metrics.tokens == 200
 
 
-def test_start_rules_that_a_model_or_a_passage_cannot_follow(monkeypatch):
+def test_starts_that_a_model_or_a_passage_cannot_have_are_refused(monkeypatch):
     lm = tiny()
     with pytest.raises(MemvecError, match="two tokens"):
         list(Engine(lm, Recipe(start_rule="first-token")).run(passages(1)))
@@ -701,8 +707,8 @@ def test_parts_of_the_embedding_start_cover_the_passage_whatever_its_length(toke
     assert end[-1] == tokens
 
 
-def test_a_passage_that_goes_on_takes_all_of_its_costs_along():
-    """From a job to its end, and from its outcome to the job that continues."""
+def test_a_passage_that_continues_keeps_its_costs():
+    """A finished passage has its job's costs; a job that continues has its outcome's costs."""
     costs = {"steps": 3, "spent": 5, "min_mem_bits": 7.0, "seconds": 11.0}
     finished = Job(passages(2)[0], 0.5, **costs).finished(torch.zeros(1, 4), "budget")
     assert {name: getattr(finished, name) for name in costs} == costs
@@ -714,8 +720,9 @@ def test_a_passage_that_goes_on_takes_all_of_its_costs_along():
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rule", ["vectors", "bos"])
-def test_what_is_not_finite_is_never_exact(rule, number):
-    """Its zeros are decoded instead: they may give the passage back by chance, the vectors not."""
+def test_vectors_that_are_not_finite_are_never_exact(rule, number):
+    """Zeros are decoded in the place of such vectors. Here the zeros give the passage back, and the
+    passage must not count as exact."""
     lm, zeros = tiny(), torch.zeros(1, 2, tiny().width)
     passage = Passage(tuple(decode_ids(lm, zeros, [5], start=rule)[0]))
     sick = zeros[0].clone()
@@ -730,7 +737,7 @@ def test_what_is_not_finite_is_never_exact(rule, number):
 
 @pytest.mark.parametrize("tokens", [0, 2, 4])
 @pytest.mark.parametrize("K", [1, 2, 3])
-def test_an_encoders_vectors_are_close_for_twice_its_tokens_for_each_vector(K, tokens):
+def test_vectors_of_an_encoder_are_enlarged_for_more_than_twice_its_tokens(K, tokens):
     lm = copy(tiny())
     lm.encoder = Guess(0.5, tokens)
     engine = Engine(lm, Recipe(), vectors=K, batch_size=3)
@@ -743,9 +750,9 @@ def test_an_encoders_vectors_are_close_for_twice_its_tokens_for_each_vector(K, t
 
 
 @pytest.mark.parametrize("budget", ["below", "just", "above"])
-def test_a_budget_is_spent_to_the_step_and_no_further(budget):
+def test_a_passage_stops_at_the_step_that_spends_its_budget(budget):
     recipe = replace(QUICK, schedule="whole", margin=1e3)
-    each = 6 + 2 - 1  # inputs of a step: as many as tokens, and a vector more
+    each = 6 + 2 - 1  # inputs of a step: two vectors, and all tokens but the last
     tokens = 5 * each + {"below": -1, "just": 0, "above": 1}[budget]
     (outcome,) = Engine(tiny(), replace(recipe, budget=tokens), vectors=2).run(passages(6, seed=4))
     steps = 6 if budget == "above" else 5
@@ -754,8 +761,8 @@ def test_a_budget_is_spent_to_the_step_and_no_further(budget):
 
 @pytest.mark.parametrize("how", ["halved", "retried"])
 @pytest.mark.parametrize("K", [1, 2])
-def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
-    """Steps, tokens, seconds, and the least bits of all its steps."""
+def test_a_passage_that_gets_a_slot_again_keeps_its_costs(K, how):
+    """Its steps, forward-backward tokens, and the smallest H_mem of all its steps."""
     lm, asked = tiny(), passages(6, 6, seed=5)
     recipe = replace(
         QUICK,
@@ -774,7 +781,7 @@ def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
     engine.fill(2)
     for _ in range(4):
         engine.step()
-    engine.batch.min_mem_bits[:] = 1.0  # whatever its other steps were
+    engine.batch.min_mem_bits[:] = 1.0  # less than in any step
     if how == "halved":
         engine._halve_batch()
         found, extra = list(engine.run()), 0
@@ -782,19 +789,19 @@ def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
         engine.batch.stopped[:] = True
         for outcome in engine._certified(engine.retire_stopped()):
             engine.push_again(outcome)
-        found, extra = list(engine.run()), 1  # a retry is never free
+        found, extra = list(engine.run()), 1  # a retry costs a step
     each = 6 + K - 1
     for o in found:
         assert (o.steps, o.spent, o.min_mem_bits) == (9, (9 - extra) * each, 1.0)
     assert len(found) == 2
 
 
-def test_the_time_of_a_device_that_is_waited_for_counts(monkeypatch):
-    """A GPU computes after the call: its time passes where something is read from it."""
+def test_the_time_of_waiting_for_a_device_counts(monkeypatch):
+    """A GPU computes after the call, so its time passes where a result is read from it."""
     now, tolist = [0.0], torch.Tensor.tolist
 
     def waiting(tensor):
-        now[0] += tensor.dtype == torch.bool  # a second
+        now[0] += tensor.dtype == torch.bool  # reading the stopped slots takes a second
         return tolist(tensor)
 
     monkeypatch.setattr(engine_module.time, "perf_counter", lambda: now[0])
@@ -804,8 +811,8 @@ def test_the_time_of_a_device_that_is_waited_for_counts(monkeypatch):
     assert engine.seconds == sum(o.seconds for o in found) > 0
 
 
-def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed():
-    """Looks that are rare cost columns that no token needs, and steps after the last one."""
+def test_a_batch_is_polled_after_each_step_by_default():
+    """Rare polls cost columns that no token needs, and steps after the last one of a passage."""
     recipe, asked = Recipe(steps=10, margin=1e3), passages(40, 40)
     rare, often = (Engine(tiny(), recipe, vectors=1, poll=poll) for poll in (8, None))
     for engine in (rare, often):
@@ -816,8 +823,8 @@ def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed():
 
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize(("size", "large"), [(0.4, False), (0.6, True), (1.0, True), (7.0, True)])
-def test_vectors_that_come_back_to_a_slot_never_shrink(size, large, K):
-    """Large from half of the large size on; each vector as it was, if it is as large already."""
+def test_vectors_that_get_a_slot_again_never_shrink(size, large, K):
+    """Vectors of at least half of the large size are enlarged to that size; larger ones stay."""
     lm = copy(tiny())
     lm.encoder = Guess(0.5, 6)
     engine = Engine(lm, Recipe(stuck_after=5), vectors=K, batch_size=1)

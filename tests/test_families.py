@@ -1,4 +1,7 @@
-"""Every architecture, every start rule: crammed to exact, saved, loaded, decoded."""
+"""Models of every architecture: cramming, files, decoding, the doctor, and docs/models.md.
+
+Each model is tiny and has random weights. The properties depend on the code, not on the weights.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ SERVED = sorted(FAMILIES)
 def as_mem(
     lm: FrozenLM, outcomes: list[Outcome], rule: str, storage: str = "float32"
 ) -> MemVectors:
-    """A file's content for passages that were never text."""
+    """A file's content for passages of token ids without a text."""
     outcomes = sorted(outcomes, key=lambda o: o.passage.document)
     records = [
         PassageRecord(
@@ -71,7 +74,7 @@ def as_mem(
 
 @pytest.mark.parametrize("rule", START_RULES)
 @shows("file", SERVED)
-def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
+def test_passages_decode_from_their_file(family, rule, tmp_path):
     lm, asked = tiny(family), passages(2, 3, 2, seed=2)
     engine = Engine(
         lm, Recipe.of(start_rule=rule, steps=600, patience=600), vectors=2, batch_size=2
@@ -86,7 +89,7 @@ def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
 
 @pytest.mark.parametrize("rule", START_RULES)
 @shows("cache", SERVED)
-def test_decoding_with_a_cache_is_decoding_without(family, rule):
+def test_decoding_gives_the_same_tokens_with_and_without_the_cache(family, rule):
     lm = tiny(family)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     first = [3, 4, 5] if rule == "first-token" else None
@@ -98,7 +101,7 @@ def test_decoding_with_a_cache_is_decoding_without(family, rule):
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_cached_logits_are_the_logits(family):
+def test_cached_logits_are_those_of_one_forward_pass(family):
     lm = tiny(family)
     ids = torch.tensor([p.ids for p in passages(7, 7, 7)])
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(2))
@@ -113,7 +116,7 @@ def test_cached_logits_are_the_logits(family):
 
 @shows("batch", SERVED)
 def test_a_batch_crams_like_single_passages(family):
-    """Another batch shape changes rounding only: steps of a hundredth agree to 1e-4."""
+    """Another batch shape changes only the rounding: with lr 0.01, eight steps agree to 1e-4."""
     lm, asked = tiny(family), passages(4, 3, 4)
     recipe = Recipe(steps=8, margin=1000.0, lr=0.01, lr_large=0.0)
     together = paths(Engine(lm, recipe, batch_size=3), asked)
@@ -126,14 +129,14 @@ def test_a_batch_crams_like_single_passages(family):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @shows("grid", SERVED)
 def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
-    """Exact is exact: whatever the batch, with the cache or without, from any storage type."""
+    """For every batch size, with the cache and without, from every storage format."""
     lm, asked = tiny(family, dtype), passages(2, 3)
     crammed = [o for o in Engine(lm, QUICK, vectors=2, batch_size=2).run(asked) if o.exact]
     assert len(crammed) == 2
     for name, storage in STORAGES.items():
         engine = Engine(lm, QUICK, vectors=2, batch_size=2, storage=storage)
         for outcome in crammed:
-            engine.waiting.push(Job.from_outcome(outcome))  # on, through the rounding
+            engine.waiting.push(Job.from_outcome(outcome))  # crammed on, with this rounding
         stored = [outcome for outcome in engine.run() if outcome.exact]
         assert stored, f"rounding to {name} may cost one of them, not more"
         as_mem(lm, stored, "vectors", name).save(tmp_path / "a.mem", force=True)
@@ -155,7 +158,7 @@ def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @shows("doctor", SERVED)
 def test_the_doctor_passes(family, dtype):
-    """Every check, and once the round trip that ends `memvec doctor`."""
+    """Every check in both dtypes, and in float32 the round trip at the end of `memvec doctor`."""
     lm = tiny(family, dtype)
     found = [*checks(lm), *([round_trip(lm)] if dtype == "float32" else [])]
     assert [check.name for check in found if not check.ok] == []
@@ -163,7 +166,7 @@ def test_the_doctor_passes(family, dtype):
 
 
 @pytest.mark.parametrize("family", sorted(set(ALSO) - REFUSED - TOO_NEW))
-def test_a_family_beyond_the_list_comes_back_too(family, tmp_path):
+def test_passages_of_a_further_family_decode_from_their_file(family, tmp_path):
     lm, asked = tiny(family), passages(2, 3)
     outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(asked))
     as_mem(lm, outcomes, "vectors").save(tmp_path / "a.mem")
@@ -175,7 +178,7 @@ def test_a_family_beyond_the_list_comes_back_too(family, tmp_path):
 
 
 def refusals() -> dict[str, str]:
-    """What is said of each family that is not served."""
+    """The error for each family that memvec does not support."""
     said = {}
     for family in sorted(REFUSED):
         with pytest.raises(MemvecError) as error:
@@ -185,7 +188,7 @@ def refusals() -> dict[str, str]:
 
 
 def models_page() -> str:
-    """docs/models.md as these tests would write it."""
+    """The text of docs/models.md."""
     return support.page(refusals(), WITHOUT_CACHE, SERVED_SINCE)
 
 
@@ -197,7 +200,7 @@ def test_the_page_says_what_is_tested():
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
-def test_a_family_that_cannot_be_served_is_refused_with_the_reason(family):
+def test_a_family_that_fails_a_self_check_is_refused_with_the_reason(family):
     with pytest.raises(
         MemvecError, match="cannot be crammed: 'vectors reach every later token' fails"
     ):
@@ -205,7 +208,7 @@ def test_a_family_that_cannot_be_served_is_refused_with_the_reason(family):
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_the_model_is_not_changed_by_cramming(family):
+def test_cramming_does_not_change_the_model(family):
     lm = tiny(family)
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
@@ -222,7 +225,7 @@ def test_the_model_is_not_changed_by_cramming(family):
 
 @pytest.mark.parametrize("family", SERVED)
 def test_logits_are_the_models_own(family):
-    """Through the split head where there is one: soft caps and scales included."""
+    """They come from the hidden states and the split head, with its soft caps and scales."""
     lm = tiny(family)
     ids = torch.tensor([p.ids for p in passages(8, 8)])
     with torch.no_grad():
@@ -233,8 +236,8 @@ def test_logits_are_the_models_own(family):
     assert lm.has_split_head
 
 
-def test_the_vector_is_as_wide_as_what_the_model_takes():
-    """OPT projects its inputs: a free vector is narrower than the hidden states."""
+def test_a_vector_is_as_wide_as_an_input_of_the_model():
+    """OPT-350m projects its inputs, so a vector is narrower than a hidden state."""
     lm = tiny("opt-projected")
     assert (lm.width, lm.config.hidden_size) == (24, 32)
     (outcome,) = Engine(lm, Recipe(steps=2)).run(passages(2))
