@@ -1,4 +1,4 @@
-"""Studies: the spec, the store, the run and the check."""
+"""Studies: specs, prices, runs that are stopped and continued, the store, the check, exports."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "what", "hint"), WRONG)
-def test_a_wrong_spec_is_told_in_one_sentence(text: str, what: str, hint: str) -> None:
+def test_a_wrong_spec_is_refused_in_one_sentence(text: str, what: str, hint: str) -> None:
     block = f"[[runs]]\n{text}" if "protocol" in text else f"{RUN}{text}"
     with pytest.raises(MemvecError) as found:
         parse_spec(HEAD + block, "spec")
@@ -122,7 +122,7 @@ def test_a_wrong_spec_is_told_in_one_sentence(text: str, what: str, hint: str) -
         ("where = 3", 'where must be a table such as { split = "valid" }, not 3.'),
     ],
 )
-def test_a_wrong_source_is_told_in_the_words_of_a_spec(text: str, sentence: str) -> None:
+def test_a_wrong_source_is_refused_with_the_keys_of_the_spec(text: str, sentence: str) -> None:
     head = HEAD.replace("chunk_words = [40, 80]", text)
     assert head != HEAD
     with pytest.raises(MemvecError) as raised:
@@ -130,8 +130,8 @@ def test_a_wrong_source_is_told_in_the_words_of_a_spec(text: str, sentence: str)
     assert sentence in str(raised.value)
 
 
-def test_what_a_run_would_refuse_is_refused_before() -> None:
-    """A device, a table that is none, a recipe (with the run that it is of), a revision."""
+def test_a_spec_that_a_run_would_refuse_is_refused_before_it() -> None:
+    """A device, a table of another type, a recipe (with its run), a revision, a source."""
     with pytest.raises(MemvecError, match="unknown device 'gpu': use auto, cpu or cuda:0"):
         parse_spec('device = "gpu"\n' + HEAD + RUN, "spec")
     with pytest.raises(MemvecError, match=r"models \[1\] must be a table, not 'tiny'"):
@@ -146,7 +146,9 @@ def test_what_a_run_would_refuse_is_refused_before() -> None:
     assert "source 'hub' needs a dataset, or a path." in problems(hub, expand(hub), None)
 
 
-def test_a_model_of_which_nothing_is_known_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_price_without_hours_says_that_the_model_is_looked_for_on_the_hub(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     print_prices(
         "x",
         [
@@ -161,7 +163,7 @@ def test_a_model_of_which_nothing_is_known_is_told(capsys: pytest.CaptureFixture
     assert "problem: x is missing." in printed
 
 
-def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
+def test_wrong_kinds_keys_dtypes_and_recipes_are_named() -> None:
     with pytest.raises(MemvecError, match=r"unknown kind 'pg91'.*did you mean 'pg19'"):
         parse_spec(HEAD.replace("random-tokens", "pg91") + RUN, "spec")
     with pytest.raises(MemvecError, match=r"unknown key 'pth' in sources .2.: did you mean 'path'"):
@@ -180,7 +182,7 @@ def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
         parse_spec("name = ", "spec")
 
 
-def test_a_model_in_the_place_of_others_has_their_dtype() -> None:
+def test_a_model_that_replaces_others_has_their_common_dtype() -> None:
     half = HEAD.replace('"tiny"', '"tiny"\ndtype = "bfloat16"')
     assert parse_spec(half + RUN, "spec", model="pocket").models[0].dtype == "bfloat16"
     both = half + '[[models]]\nname = "other"\n' + RUN
@@ -188,31 +190,32 @@ def test_a_model_in_the_place_of_others_has_their_dtype() -> None:
 
 
 @pytest.mark.parametrize("name", ["../t", "a/b", "", " ", ".", "..", "a\\\\b"])
-def test_the_name_of_a_study_is_no_path(name: str) -> None:
+def test_a_name_of_a_study_that_is_a_path_is_refused(name: str) -> None:
     with pytest.raises(MemvecError, match="give it some letters, and no slash"):
         parse_spec(HEAD.replace('"small"', f'"{name}"') + RUN, "spec")
 
 
-def test_what_a_passage_costs_is_no_more_than_its_budget() -> None:
+def test_priced_tokens_are_limited_by_budget_and_steps() -> None:
     text = f"{HEAD}{RUN}budget = 100\n{RUN}recipe = {{ steps = 10 }}\n"
     text = text.replace("[8]", "[16]", 1).replace("[8]", "[4]")
     limited, short = (max_tokens(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
-    assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may pass the budget
+    assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may exceed the budget
 
 
-def test_a_token_there_and_back_costs_four_operations_a_parameter() -> None:
-    """An hour for 3600 tokens at one token a second."""
+def test_a_forward_backward_token_costs_four_operations_a_parameter() -> None:
+    """So 3600 tokens take an hour at four operations a parameter and second."""
     facts = facts_of_name("pocket")
     assert hours(facts, 3600.0, 4.0 * facts.parameters) == pytest.approx(1)
 
 
-def test_what_a_protocol_crams_besides_is_priced(tmp_path: Path) -> None:
-    """12 passages of 8 tokens in one vector, 10 steps: 90 tokens each, and so for each besides."""
+def test_further_passages_that_a_protocol_crams_are_priced(tmp_path: Path) -> None:
+    """A passage of 8 tokens in one vector costs 90 tokens in 10 steps, and so does each further
+    passage that a protocol crams."""
     encoder = tmp_path / "e.safetensors"
     save_file({"x": torch.zeros(1)}, encoder, {"shape": '{"segment": 2, "lags": 3}'})
     costs = {
         'protocol = "exact"': 90,
-        'protocol = "reading"': None,  # has a recipe of its own; each passage is crammed twice
+        'protocol = "reading"': None,  # the protocol's own recipe; it crams each passage twice
         'protocol = "transfer"\norigin = "pocket"\npairs = 24': 90 * (1 + 3) + 24 * 2 * 90 / 12,
         'protocol = "sentences"\nlatents = "s.safetensors"\ncontext = 5': 90 * (1 + 5),
         f'protocol = "recurrent"\nencoder = "{encoder}"': 90 + 3 * (2 + 1) * 10,
@@ -236,7 +239,7 @@ def test_duplicate_cells_and_impossible_lengths_are_named() -> None:
     assert re.match(r"impossible length: 4096 tokens.*2048", sentence)
 
 
-def test_another_file_under_the_name_that_a_recipe_has_is_another_cell(tmp_path: Path) -> None:
+def test_another_file_under_the_name_in_a_recipe_makes_another_cell(tmp_path: Path) -> None:
     (trigger := tmp_path / "trigger.safetensors").write_bytes(b"one")
     run = '[[runs]]\nprotocol = "usable"\nlengths = [8]\n'
     spec = parse_spec(f'{HEAD}{run}recipe = {{ trigger = "{trigger}" }}\n', "spec")
@@ -246,11 +249,11 @@ def test_another_file_under_the_name_that_a_recipe_has_is_another_cell(tmp_path:
     second = expand(spec)[0].cell
     assert (second.recipe, second.key == first.key) == (first.recipe, False)
     assert list(second.settings()["files"]) == ["trigger"]
-    plain = expand(parse_spec(HEAD + run, "spec"))[0].cell  # as cells were before they had files
+    plain = expand(parse_spec(HEAD + run, "spec"))[0].cell  # keys without files stay as they were
     assert "files" not in plain.settings()
 
 
-def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path) -> None:
+def test_a_run_refuses_impossible_lengths_of_unknown_models(tmp_path: Path) -> None:
     spec = spec_in(tmp_path, HEAD + RUN.replace("[8]", "[400]"))
     with pytest.raises(MemvecError, match="impossible length: 400 tokens"):
         run(spec, tmp_path, tmp_path / "s")
@@ -266,7 +269,7 @@ def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path
     ],
 )
 def test_a_seed_that_changes_nothing_is_refused(recipe: str, differs: bool) -> None:
-    """Every first vector comes from the encoder of `pocket`: restarts would be copies."""
+    """If all first vectors come from the encoder of `pocket`, restarts are copies of each other."""
     lm, source = load_lm("pocket"), RandomTokens()
     for seed in (0, 1):
         text = HEAD + RUN.replace("[8]", "[8]\nvectors = [2]") + f"seeds = [{seed}]\n{recipe}\n"
@@ -284,7 +287,7 @@ def test_a_seed_that_changes_nothing_is_refused(recipe: str, differs: bool) -> N
             assert torch.equal(*first) is not drawn
 
 
-def test_a_passage_leaves_room_for_its_vectors_and_what_is_around_them() -> None:
+def test_a_passage_leaves_room_for_its_vectors_and_bos_in_the_context() -> None:
     lm, source = reader(), RandomTokens()
     assert lm.context == 128
     for more, longest in (("", 126), ('recipe = { start_rule = "bos" }', 125)):
@@ -299,7 +302,7 @@ def test_a_passage_leaves_room_for_its_vectors_and_what_is_around_them() -> None
                     find_passages(lm, cell, source, 1, None)
 
 
-def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
+def test_a_missing_or_empty_text_is_refused_before_a_run(tmp_path: Path) -> None:
     spec = parse_spec(HEAD + RUN, "spec")
     assert "source missing" in problems(spec, expand(spec), tmp_path)[0]
     with pytest.raises(MemvecError, match="source missing"):
@@ -311,7 +314,7 @@ def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
 def test_a_model_beside_the_spec_is_not_taken_for_one_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts are found beside the spec, models from where the command runs."""
+    """Paths of texts are relative to the spec, those of models to the working directory."""
     (tmp_path / "book.txt").write_text("A text.")
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/config.json").write_text(Olmo2Config().to_json_string())
@@ -324,10 +327,10 @@ def test_a_model_beside_the_spec_is_not_taken_for_one_of_the_hub(
     assert not problems(spec, expand(spec), tmp_path)
 
 
-def test_missing_models_and_files_of_protocols_are_found_before_anything_runs(
+def test_missing_models_and_files_of_protocols_are_refused_before_a_run(
     tmp_path: Path,
 ) -> None:
-    """A name that may be one of the Hub is not looked for."""
+    """The absolute path of a model is no name on the Hub, so its folder must exist."""
     head = HEAD.replace("book.txt", "s.txt")
     (tmp_path / "s.txt").write_text("A text.")
     gone = str(tmp_path / "gone")
@@ -352,7 +355,7 @@ def test_ready_specs_are_valid_and_priced_without_weights(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r'"(\.runs/[^"]+)"', path.read_text("utf-8")):  # what a recipe makes
+    for name in re.findall(r'"(\.runs/[^"]+)"', path.read_text("utf-8")):  # made by other commands
         if name.endswith(".safetensors"):
             (file := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             file.touch()
@@ -360,14 +363,14 @@ def test_ready_specs_are_valid_and_priced_without_weights(
             Olmo2Config(hidden_size=128).save_pretrained(tmp_path / name.replace("*", "a"))
     spec = read_spec(path)
     planned = expand(spec, path.parent)
-    # nltk and its data are an install step of their own, and it is named. Every length fits.
+    # The only problem may be that nltk or its data are not installed, so every length fits.
     assert all("nltk" in s for s in problems(spec, planned, path.parent))
     for p in price(planned):
         assert p.gpu_hours is not None
         assert p.gpu_hours > 0
 
 
-def test_files_that_are_no_spec_and_no_config_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_spec_and_no_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bin.dat").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(MemvecError, match=r"bin.dat is not UTF-8 text: a spec is a TOML file"):
         read_spec(tmp_path / "bin.dat")
@@ -383,7 +386,7 @@ def test_one_model_may_replace_all_others() -> None:
     text += RUN + 'models = ["tiny"]\n' + RUN + 'models = ["other"]\n'
     cells = expand(parse_spec(text, "spec", "mine"))
     assert {p.cell.model for p in cells} == {"mine"}
-    assert len(cells) == 2  # one for each source: the two runs had become one
+    assert len(cells) == 2  # one for each source, because the two runs have become equal
 
 
 # ---------------------------------------------------------------------- runs
@@ -403,14 +406,14 @@ ELSEWHERE |= {"checkpoints", "transfer", "spaces", "reading", "sentences", "recu
 
 
 @pytest.mark.slow
-def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
+def test_every_planned_row_is_stored_with_every_column(done: Path) -> None:
     with Store(done / "out") as store:
         rows, planned = store.counts()
         assert rows == planned == sum(p.passages for p in expand(spec_in(done), done))
         found = {r[0] for r in store.db.execute("SELECT DISTINCT protocol FROM cells")}
         assert found | ELSEWHERE == {*protocol_names()}
         assert not found & ELSEWHERE
-        # A growing schedule measures the loss of what counts, so it has no least loss of the whole.
+        # A growing schedule has no loss of the whole passage in each step, so no least loss.
         whole = "cell IN (SELECT cell FROM cells WHERE protocol = 'paper')"
         for name in COLUMNS:
             of = whole if name == "least_loss_gain" else "TRUE"
@@ -418,7 +421,7 @@ def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
             assert missing.fetchone()[0] == 0, name
         extras = [json.loads(r[0]) for r in store.db.execute("SELECT extra FROM rows")]
         contexts = [e["after_context"] for e in extras if "after_context" in e]
-        assert [set(c) for c in contexts] == [{"4", "8"}] * 2  # 4000 do not fit
+        assert [set(c) for c in contexts] == [{"4", "8"}] * 2  # 4000 tokens do not fit
         assert store.db.execute("SELECT count(*) FROM paths").fetchone()[0] == 6  # all pairs
         record = json.loads(store.db.execute("SELECT record FROM environments").fetchone()[0])
         assert {"torch", "transformers", "memvec", "model"} <= set(record)
@@ -431,12 +434,12 @@ def test_running_again_adds_and_changes_nothing(done: Path) -> None:
     assert everything(done / "out") == before
 
 
-def test_asking_for_more_goes_on_from_what_is_there(tmp_path: Path) -> None:
+def test_a_run_with_more_passages_keeps_the_rows_of_an_earlier_run(tmp_path: Path) -> None:
     text = HEAD + RUN.replace("[8]", "[4]") + "recipe = { steps = 6 }\npassages = 2\n"
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
     before = everything(tmp_path / "out")
     files = sorted((tmp_path / "out" / "vectors").glob("*.bin"))
-    for file in files:  # as a process leaves it that is killed between numbers and row
+    for file in files:  # a process may be killed after it wrote numbers and before their row
         file.write_bytes(file.read_bytes() + b"torn")
     more = text.replace("passages = 2", "passages = 5")
     status = run(spec_in(tmp_path, more), tmp_path, tmp_path / "out")
@@ -473,10 +476,10 @@ def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyP
     assert {"copy", "context", "needed_bits"} <= set(found["worst"])
 
 
-def test_restarts_of_more_and_of_fewer_passages_have_lines_where_both_are(tmp_path: Path) -> None:
+def test_lines_between_restarts_are_of_the_passages_that_both_have(tmp_path: Path) -> None:
     one = '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
     one += "recipe = { lr = 0.1, steps = 2 }\n"
-    for seeds in ((0, 1), (1, 0)):  # more of the first, more of the other
+    for seeds in ((0, 1), (1, 0)):  # the first restart has more passages, then the second one
         text = HEAD + "".join(
             f"{one}passages = {n}\nseeds = [{seed}]\n"
             for n, seed in zip((3, 2), seeds, strict=True)
@@ -508,7 +511,7 @@ def test_every_column_is_checked_in_one_of_three_ways() -> None:
 
 @pytest.fixture(scope="module")
 def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of two rows and a straight line, to falsify copies of."""
+    """A study of two rows and the line between them; tests falsify copies of it."""
     base = tmp_path_factory.mktemp("two")
     text = HEAD + RUN.replace("exact", "geometry").replace("[8]", "[5]")
     text += 'sources = ["random-tokens"]\npassages = 1\nseeds = [0, 1]\n'
@@ -519,7 +522,7 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "extra", ["{bad", "[1]", "null", '{"context": {"x": [1, 1]}}', '{"needed_bits": []}']
 )
-def test_the_check_sees_an_extra_that_is_none(
+def test_the_check_notices_an_extra_that_is_no_measurement(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -532,7 +535,7 @@ def test_the_check_sees_an_extra_that_is_none(
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_check_sees_a_falsified_column(
+def test_the_check_notices_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -550,7 +553,7 @@ def test_the_check_sees_a_falsified_column(
     db.close()
     wrong = check_study(tmp_path / "out")["wrong"]
     named = {"passage": "has no passage", "cell": "name a cell"}
-    named |= {"predicted": "does not hold the vectors"}  # it says where they end
+    named |= {"predicted": "does not hold the vectors"}  # the vectors are read by this number
     if column in RECORDED and column != "cell":
         assert any("changed after it was written" in s for s in wrong)
     else:
@@ -559,8 +562,10 @@ def test_the_check_sees_a_falsified_column(
 
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 @pytest.mark.parametrize("own", [False, True])
-def test_the_check_reads_a_text_alone_as_certification_does(rule: str, own: bool) -> None:
-    """Also one that begins with BOS: no other precedes it, and its BOS is given."""
+def test_the_check_measures_a_text_without_vectors_as_certification_does(
+    rule: str, own: bool
+) -> None:
+    """If the text begins with BOS, no other BOS is in front, and this one costs no bits."""
     lm = reader()
     ids = (lm.bos_id if own else 9, 7, 8, 5)
     scores = positions(lm, torch.zeros(1, 1, lm.width), [Passage(ids)], rule)
@@ -572,8 +577,10 @@ def test_the_check_reads_a_text_alone_as_certification_does(rule: str, own: bool
 
 @pytest.mark.parametrize("schedule", ["growing", "geometric", "whole"])
 @pytest.mark.parametrize("narrow_after", [0, 2])
-def test_the_check_allows_what_a_schedule_costs(schedule: str, narrow_after: int) -> None:
-    """With targets that double from a few tokens, too: it held such rows for falsified."""
+def test_the_check_allows_the_tokens_that_a_schedule_spends(
+    schedule: str, narrow_after: int
+) -> None:
+    """The bounds hold for every schedule, also for one whose targets double from a few tokens."""
     recipe = Recipe(schedule=schedule, narrow_after=narrow_after, look_ahead=2, steps=12)
     text = HEAD + '[[runs]]\nprotocol = "exact"\nlengths = [20]\n'
     planned, *_ = expand(parse_spec(text, "spec"))
@@ -584,9 +591,9 @@ def test_the_check_allows_what_a_schedule_costs(schedule: str, narrow_after: int
         assert low <= outcome.spent <= high
 
 
-def test_a_tie_after_the_first_error_excuses_no_other_horizon() -> None:
-    """In bfloat16, where many margins are ties: what decoding gives back ends at the first tie or
-    at the first token that is wrong beyond one."""
+def test_a_tie_after_the_first_error_does_not_allow_another_horizon() -> None:
+    """In bfloat16 many margins are ties. A horizon may end between the first tie and the first
+    token that is wrong by more than a tie."""
     margins = np.array([2.0, 0.1, 3.0, -4.0, 0.2, -0.1])
     nothing: dict[str, Any] = {"steps": (0, 0), "spent": (0, 0), "margins": (), "ties": 3}
     nothing |= {"lm_ties": 3, "passage": object.__new__(SlowPassage)}
@@ -604,7 +611,7 @@ def test_a_tie_after_the_first_error_excuses_no_other_horizon() -> None:
     assert allowed(margins + 0.3 * (margins > 0))["horizon"] == 0
 
 
-def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
+def test_the_check_notices_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
@@ -625,7 +632,7 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         db.commit()
         db.close()
         assert any(sentence in s for s in check_study(tmp_path / str(i))["wrong"]), sentence
-    # Lines of cells that the last spec does not have are not compared: their model may be gone.
+    # Lines of cells that the last spec does not have are not compared, as their model may be gone.
     with contextlib.closing(sqlite3.connect(tmp_path / "0" / "study.sqlite")) as db:
         db.execute("UPDATE cells SET planned = 0 WHERE protocol = 'geometry'")
         db.commit()
@@ -653,10 +660,10 @@ class DiesAfter(LocalPool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "seeds"), [("paper", "[0]"), ("geometry", "[0, 1]")])
-def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
+def test_a_run_with_fewer_passages_after_a_kill_is_complete(
     tmp_path: Path, protocol: str, seeds: str
 ) -> None:
-    """Rows come in the order in which passages finish, not in that of their numbers."""
+    """Rows are stored in the order in which passages finish, not in the order of their numbers."""
     run_ = f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\nseeds = {seeds}\n'
     run_ += "lengths = [4]\nrecipe = { lr = 0.1, steps = 100 }\n"
     head = HEAD.replace("batch_size = 3", "batch_size = 8")
@@ -677,7 +684,7 @@ def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
 def test_the_same_tokens_after_other_text_are_another_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refrain: its rows were made after different lines, and are checked and shown so."""
+    """A refrain is in the book after different lines; the check reads each row after its own."""
     lines = "The fox is brown. la la la la. A cat sat on a mat. la la la la. Dogs see cats. "
     text = HEAD.replace('kind = "random-tokens"', 'kind = "book"\npath = "book.txt"')
     text += '[[runs]]\nprotocol = "context"\nsources = ["refrain"]\nlengths = [3]\npassages = 20\n'
@@ -695,7 +702,7 @@ def test_the_same_tokens_after_other_text_are_another_context(
     assert len({k.ids for k in kept}) < len({(k.ids, k.before) for k in kept})
 
 
-def test_a_full_disk_is_no_damage(two_rows: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_stored_row(two_rows: Path, tmp_path: Path) -> None:
     shutil.copytree(two_rows, tmp_path / "out")
     with Store(tmp_path / "out", write=True) as store:
         store.db.execute("PRAGMA max_page_count=1")
@@ -707,10 +714,10 @@ def test_a_full_disk_is_no_damage(two_rows: Path, tmp_path: Path) -> None:
     assert everything(tmp_path / "out") == everything(two_rows)
 
 
-def test_a_folder_that_is_only_read_is_read(
+def test_a_folder_without_write_permission_is_read(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the files beside the database, which a reader cannot make there."""
+    """SQLite keeps two files beside the database, which a reader of such a folder cannot make."""
     shutil.copytree(two_rows, tmp_path / "out")
     for file in (tmp_path / "out").glob("*-*"):
         file.unlink()
@@ -721,7 +728,9 @@ def test_a_folder_that_is_only_read_is_read(
 
 
 @pytest.mark.parametrize("what", ["encoder", "usable_encoder", "trigger"])
-def test_another_encoder_is_another_model(two_rows: Path, tmp_path: Path, what: str) -> None:
+def test_a_cell_refuses_rows_of_another_encoder_or_trigger(
+    two_rows: Path, tmp_path: Path, what: str
+) -> None:
     shutil.copytree(two_rows, tmp_path / "out")
     with Store(tmp_path / "out", write=True) as store:
         cell, text = store.db.execute("SELECT cell, description FROM cells").fetchone()
@@ -734,11 +743,11 @@ def test_another_encoder_is_another_model(two_rows: Path, tmp_path: Path, what: 
 @pytest.mark.parametrize(
     "more", [("passages = 1", "passages = 2"), ("[8]", "[8, 12]"), ("[8]", "[5]")]
 )
-def test_another_text_under_a_study_is_refused(tmp_path: Path, more: tuple[str, str]) -> None:
+def test_a_changed_text_of_a_study_is_refused(tmp_path: Path, more: tuple[str, str]) -> None:
     text = HEAD + RUN + 'sources = ["book"]\npassages = 1\nrecipe = { steps = 2 }\n'
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
     spec = spec_in(tmp_path, text.replace(*more))
-    if "passages" not in more[0]:  # with the old text it would go on
+    if "passages" not in more[0]:  # with the old text the run continues
         shutil.copytree(tmp_path / "out", tmp_path / "same")
         assert run(spec, tmp_path, tmp_path / "same").rows_now == 1
     book = tmp_path / "book.txt"
@@ -755,10 +764,10 @@ def test_another_text_under_a_study_is_refused(tmp_path: Path, more: tuple[str, 
         {"quantize": "4bit"},
         {"weights": "w"},
         {"config": "c"},
-        {"probe": [9.0] * 8},  # other layers under the same embeddings
+        {"probe": [9.0] * 8},  # other layers with the same embeddings
     ],
 )
-def test_a_model_that_computes_otherwise_is_refused(
+def test_a_cell_refuses_rows_of_a_model_that_computes_differently(
     done: Path, tmp_path: Path, other: dict[str, str]
 ) -> None:
     shutil.copytree(done / "out", tmp_path / "out")
@@ -773,7 +782,7 @@ def test_a_model_that_computes_otherwise_is_refused(
         assert "another folder." in str(found.value)
 
 
-def test_two_processes_on_one_study_one_is_refused(done: Path) -> None:
+def test_a_second_process_on_the_same_study_is_refused(done: Path) -> None:
     with (
         Store(done / "out", write=True),
         pytest.raises(MemvecError, match="another memvec is running"),
@@ -800,7 +809,7 @@ def test_stores_of_other_versions_or_programs_are_refused(tmp_path: Path) -> Non
         Store(tmp_path / "nowhere")
 
 
-def test_a_store_is_found_whatever_its_folder_is_called(tmp_path: Path) -> None:
+def test_a_store_opens_in_a_folder_of_any_name(tmp_path: Path) -> None:
     folder = tmp_path / "a#b?c%20.study"
     Store(folder, write=True).close()
     with Store(folder) as store:
@@ -823,10 +832,10 @@ def test_a_file_without_a_store_does_not_hide_the_other_studies(
     assert [study["name"] for study in json.loads(said.out)] == ["small"]
     assert "study.sqlite is empty" in " ".join(said.err.split())
     assert (tmp_path / "empty" / "study.sqlite").stat().st_size == 0
-    Store(tmp_path / "empty", write=True).close()  # what a kill at the very start left
+    Store(tmp_path / "empty", write=True).close()  # a run continues after a kill at its start
 
 
-def test_a_persons_brackets_are_words_and_no_markup(
+def test_brackets_in_texts_of_the_user_are_printed_and_no_markup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "[mem] closing [/b]"
@@ -834,7 +843,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
     text = text.replace('"book"', f'"{words}"').replace("book.txt", "gone [/b].txt")
     (tmp_path / "s.toml").write_text(text + RUN)
     monkeypatch.setattr("memvec.cli.display.out", Console(width=300))
-    with pytest.raises(typer.Exit):  # its text is missing
+    with pytest.raises(typer.Exit):  # a text of the spec is missing
         validate(tmp_path / "s.toml")
     said = capsys.readouterr().out
     assert f"small: {words}" in said
@@ -910,10 +919,10 @@ def test_vectors_of_a_study_are_files_that_decode_as_its_rows_say(
 @pytest.mark.parametrize(
     ("line", "name"), [('dtype = "bfloat16"', "dtype"), ('revision = "main"', "revision")]
 )
-def test_a_model_that_was_loaded_otherwise_than_the_spec_says_is_refused(
+def test_a_model_that_was_not_loaded_as_the_spec_says_is_refused(
     line: str, name: str, tmp_path: Path
 ) -> None:
-    """Its rows would stand in the cell of another model."""
+    """Otherwise its rows would be in the cell of another model."""
     text = HEAD.replace('name = "tiny"', f'name = "tiny"\n{line}') + RUN
     assert line in text
     spec = spec_in(tmp_path, text.replace("novels", "random-tokens"))
@@ -922,7 +931,9 @@ def test_a_model_that_was_loaded_otherwise_than_the_spec_says_is_refused(
     assert not everything(tmp_path / "out")
 
 
-def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
+def test_an_export_has_the_suffix_of_its_option_and_replaces_only_exports(
+    done: Path, tmp_path: Path
+) -> None:
     whole, wrong = tmp_path / "rows.parquet", tmp_path / "x.parquet"
     with pytest.raises(MemvecError, match=r"--csv .*x.parquet: its name must end in .csv"):
         export(done / "out", whole, wrong)
@@ -935,17 +946,17 @@ def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
     with pytest.raises(MemvecError, match=r"mine.csv exists and is no export of rows"):
         export(done / "out", whole, tmp_path / "mine.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
-    for _ in range(2):  # an export may be written anew
+    for _ in range(2):  # an earlier export may be replaced
         export(done / "out", whole)
         assert whole.is_file()
 
 
-def test_a_check_of_fewer_than_no_rows_is_refused(done: Path) -> None:
+def test_a_check_of_a_negative_number_of_rows_is_refused(done: Path) -> None:
     with pytest.raises(MemvecError, match=r"^sample must be at least 0, not -1\.$"):
         check(done / "out", sample=-1)
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MemvecError, match=r"there is no folder .*nowhere"):
         ls(tmp_path / "nowhere")
 
@@ -986,7 +997,7 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory, python: str) 
     return base
 
 
-def test_a_folder_of_another_study_is_left_alone(tmp_path):
+def test_a_folder_of_another_study_is_refused(tmp_path):
     text = (
         HEAD
         + """
@@ -1004,10 +1015,10 @@ recipe = { steps = 3 }
 
 
 @pytest.mark.slow
-def test_kill_9_loses_nothing_but_running_slots(killed: Path, python: str) -> None:
+def test_a_killed_run_keeps_its_rows_and_is_completed(killed: Path, python: str) -> None:
     whole, words = everything(killed / "whole"), command(python, killed, "cut")
     file = killed / "cut" / "study.sqlite"
-    for least in (1, 5):  # rows that must be there before the kill
+    for least in (1, 5):  # minimum number of rows before the kill
         process = subprocess.Popen(
             words, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -1016,11 +1027,11 @@ def test_kill_9_loses_nothing_but_running_slots(killed: Path, python: str) -> No
             if file.exists() and count(file) >= least:
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGUSR1)  # what tests/preloaded.py passes on as a SIGKILL
+        process.send_signal(signal.SIGUSR1)  # tests/preloaded.py turns it into a SIGKILL
         process.wait()
         kept = everything(killed / "cut")
         assert all(whole[key] == row for key, row in kept.items())
-    # What a kill between the tensors and their row leaves behind is cut off again.
+    # A kill between the tensors and their row leaves bytes, which the next run cuts off.
     some = next((killed / "cut" / "vectors").glob("*.bin"))
     with some.open("ab") as stream:
         stream.write(b"half a vector")
@@ -1042,7 +1053,7 @@ def count(file: Path) -> int:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
+def test_two_ray_workers_of_which_one_is_killed_give_the_same_rows(killed: Path) -> None:
     pytest.importorskip("ray")
     whole = everything(killed / "whole")
     file, struck = killed / "ray" / "study.sqlite", 0
@@ -1050,7 +1061,7 @@ def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
         words = command(sys.executable, killed, "ray", "--workers", "2")
         process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
         try:
-            end = time.monotonic() + 590  # Ray takes its time on a busy machine
+            end = time.monotonic() + 590  # Ray is slow on a busy machine
             while time.monotonic() < end and process.poll() is None:
                 if not struck and count(file) >= 1 and (workers := cramming(process.pid)):
                     struck = workers[0]
@@ -1065,12 +1076,12 @@ def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
     same = everything(killed / "ray")
     assert same.keys() == whole.keys()
     for key, row in whole.items():
-        assert same[key][:8] == row[:8]  # decisions, costs and vectors; bits of sums may round
+        assert same[key][:8] == row[:8]  # decisions, costs and vectors; only bits may round
         assert same[key][8:] == pytest.approx(row[8:], abs=1e-3)
 
 
 def cramming(driver: int) -> list[int]:
-    """Processes below `driver` that are Ray actors at work."""
+    """The ids of Ray actors below the process `driver` that are cramming."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -1092,14 +1103,14 @@ def ancestors(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trigger", ['trigger = "bos"', 'trigger = "</s>"'])
-def test_a_line_ends_at_the_rows_accuracies_after_their_trigger(
+def test_a_line_between_restarts_ends_at_the_accuracies_of_their_rows(
     trigger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = reader()
     text = HEAD + '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
     text += "passages = 2\nseeds = [0, 1]\n"
     text += f'recipe = {{ steps = 60, start_rule = "bos", {trigger} }}\n'
-    with torch.inference_mode():  # as a notebook's cell may
+    with torch.inference_mode():  # a caller may be in inference mode, for example in a notebook
         run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: LocalPool(lm), base=tmp_path)
     with Store(tmp_path / "out") as store:
         found = store.db.execute(
