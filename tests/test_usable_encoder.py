@@ -1,4 +1,7 @@
-"""The usable encoder: where vectors that are to be used begin, in one pass with adapters."""
+"""The usable encoder, which makes the first usable vectors of a passage in one pass with adapters.
+
+The tests cover its adapters, its vectors, when it is the start, its training, files and commands.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ USABLE = Recipe.of(
 
 
 def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> UsableEncoder:
-    """An encoder of random weights whose adapters do something."""
+    """An encoder of random weights whose adapters change the hidden states."""
     torch.manual_seed(seed)
     network = fresh(lm, slots=slots, rank=3).begun(lm, lm.embedding.weight.float().mean(0).cpu())
     for up in network.adapters.up:
@@ -61,7 +64,7 @@ def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> UsableEncoder:
 
 
 def with_encoder(lm: FrozenLM, encoder: UsableEncoder | None = None) -> FrozenLM:
-    """The same model with an encoder for use; what other tests share stays as it was."""
+    """A copy of the model with a usable encoder; the model that tests share is not changed."""
     view = copy.copy(lm)
     view.usable_encoder = encoder or encoder_of(lm)
     return view
@@ -71,14 +74,14 @@ def with_encoder(lm: FrozenLM, encoder: UsableEncoder | None = None) -> FrozenLM
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_are_the_sum_of_both_matrices_and_gone_afterwards(family):
-    """Inside, the model is one whose weights are W + U D; outside, it is the frozen one."""
+def test_adapters_add_their_product_to_the_weights_and_are_gone_afterwards(family):
+    """In the context the model has the weights W + U D; after it, also after an error, it has W."""
     lm = tiny(family)
     adapters, ids = encoder_of(lm).network.adapters, stream(lm, 12).view(2, 6)
     plain, inputs = lm.own_logits(ids), lm.embed(ids)
     merged = copy.deepcopy(lm.model)
     for name, down, up in zip(adapters.names, adapters.down, adapters.up, strict=True):
-        product = (up @ down).detach()  # Conv1D of GPT-2 multiplies from the other side
+        product = (up @ down).detach()  # Conv1D of GPT-2 has its weights transposed
         merged.get_submodule(name).weight.data += product.T if family == "gpt2" else product
     with adapters.on(lm):
         found = lm.hidden(inputs, keep=6)
@@ -98,8 +101,9 @@ def test_the_head_is_not_adapted():
     assert len(called_maps(lm)) == 2 * 7  # two layers of attention and gated products
 
 
-def test_what_no_hook_can_reach_is_left_out(monkeypatch):
-    """Which maps Mamba calls as modules depends on the release of transformers."""
+def test_maps_that_the_model_does_not_call_get_no_adapters(monkeypatch):
+    """A fused kernel of Mamba may read the weights of a map without a call of its module, so a hook
+    has no effect. Which maps are called depends on the release of transformers."""
     lm, called = tiny("mamba"), set()
     maps = {id(module): name for name, module in linear_maps(lm).items()}
     forward = nn.Linear.forward
@@ -115,7 +119,7 @@ def test_what_no_hook_can_reach_is_left_out(monkeypatch):
     assert set(linear_maps(lm)) - called <= {f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)}
 
 
-# ---------------------------------------------------------------------- the vectors it gives
+# ---------------------------------------------------------------------- its vectors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +131,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, family, K, T)
     assert (again.for_use, again.max_vectors, len(again.identity)) == (True, 2, 16)
 
 
-def test_untrained_it_begins_at_the_last_tokens():
+def test_an_untrained_encoder_gives_the_last_tokens():
     lm = tiny()
     encoder, ids = UsableEncoder(fresh(lm, slots=3, rank=2)), stream(lm, 10)
     with torch.no_grad():
@@ -136,8 +140,8 @@ def test_untrained_it_begins_at_the_last_tokens():
     torch.testing.assert_close(found, last_tokens(lm, ids.tolist(), 3, Recipe()))
 
 
-def test_it_reads_bos_the_passage_and_its_summaries(monkeypatch):
-    """In the model's own words, a text begins with BOS; without BOS, with its first token."""
+def test_the_encoder_reads_bos_the_passage_and_its_summaries(monkeypatch):
+    """It reads the passage after BOS, as the model reads a text."""
     lm = copy.copy(tiny())
     encoder, ids, hidden, seen = encoder_of(lm, slots=3), stream(lm, 6)[None, :5], lm.hidden, []
     monkeypatch.setattr(lm, "hidden", lambda x, **o: seen.append(x) or hidden(x, **o))
@@ -147,7 +151,7 @@ def test_it_reads_bos_the_passage_and_its_summaries(monkeypatch):
     assert torch.equal(seen[0][0], expected)
 
 
-def test_untrained_summaries_are_near_the_mean_and_differ():
+def test_untrained_summaries_are_near_the_mean_embedding_and_differ():
     lm = tiny()
     mean = lm.embedding.weight.float().mean(0)
     away = fresh(lm, slots=64, rank=1).begun(lm, mean).summary.detach() - mean
@@ -155,16 +159,16 @@ def test_untrained_summaries_are_near_the_mean_and_differ():
     assert len(away.unique(dim=0)) == 64
 
 
-def test_a_model_in_another_dtype_reads_with_it(tmp_path):
+def test_a_model_in_another_dtype_reads_with_the_encoder(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     half = FrozenLM(build("llama").to(torch.bfloat16), name="half")
     assert_reads_in_another_dtype(encoder_of(lm), lm, half, file)
 
 
-# ---------------------------------------------------------------------- what takes it
+# ---------------------------------------------------------------------- when it is the start
 
 
-def test_auto_takes_it_for_use_and_for_nothing_else():
+def test_auto_starts_from_the_usable_encoder_for_usable_vectors_only():
     lm = with_encoder(tiny())
     ids = [p.tolist() for p in stream(lm, 18).view(3, 6)]
     assert start_of(tiny(), USABLE) == "last-tokens"
@@ -191,8 +195,8 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
 
 
 @pytest.mark.slow
-def test_passages_do_not_depend_on_who_is_beside_them():
-    """Each alone and all together: the same first vectors, certified either way."""
+def test_passages_from_the_encoder_do_not_depend_on_their_neighbours():
+    """Alone and together they get the same first vectors up to rounding, and are exact."""
     lm, recipe = with_encoder(tiny()), replace(USABLE, settle=5, decay=5)
     rows = stream(lm, 10)[:9].view(3, 3)
     asked = [Passage(tuple(row.tolist()), i) for i, row in enumerate(rows)]
@@ -209,7 +213,7 @@ def test_passages_do_not_depend_on_who_is_beside_them():
         torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_with_one_gives_it_and_its_identity(folder, tmp_path):
+def test_the_usable_encoder_of_a_models_folder_is_loaded_and_recorded(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
     save_encoder(own / "usable-encoder.safetensors", encoder_of(plain), plain)
@@ -234,15 +238,16 @@ def test_training_moves_the_encoder_and_nothing_else(family):
 
 
 @pytest.mark.parametrize("trigger", [False, True])
-def test_the_gradient_is_that_of_both_losses_written_out(trigger):
-    """One step's gradient against autograd through whole distributions, after BOS or a trigger."""
+def test_the_gradient_of_a_step_is_that_of_both_losses(trigger):
+    """A step's gradient equals that of autograd through whole distributions, for BOS as the trigger
+    and for a trigger and a front of soft tokens."""
     lm = copy.copy(tiny())
     if trigger:
         rows = lm.embedding_std * torch.randn(5, lm.width)
         lm.own_trigger = CrammedTrigger(rows[:3], "of a test", front=rows[3:])
     training = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0, positions=150))
     both, found = one_step(training)
-    assert len(both) > 1  # the mean is over passages, too
+    assert len(both) > 1  # so that the mean over passages is tested
     ids, query = both[:, :-5], both[:, -5:]
     view = triggered(lm, Recipe.of("usable"))
     vectors = UsableEncoder(training.network).read(view, ids, SMALL.slots)
@@ -274,7 +279,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
             UsableTraining(lm, stream(lm), other).run(partial)
     lm, D = copy.copy(lm), lm.width
     lm.encoder = SummaryEncoder(torch.zeros(1, D), torch.zeros(D, D), torch.zeros(D))
-    lm.encoder.identity = "its own"  # its summary is where a training begins
+    lm.encoder.identity = "its own"  # a training starts from this encoder's summary
     with pytest.raises(MemvecError, match="another model, text or settings"):
         UsableTraining(lm, stream(lm), SMALL).run(partial)
 
@@ -292,7 +297,8 @@ def test_a_stopped_training_goes_on_with_its_own_trigger_only(tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_encoder_goes_on_being_trained(tmp_path):
-    """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
+    """With `--begin` a training starts from the numbers of an encoder and records its identity; the
+    encoder must have the same sizes."""
     lm, file, partial = tiny(), tmp_path / "first.safetensors", tmp_path / "e.partial"
     save_encoder(file, UsableTraining(lm, stream(lm), SMALL).run(), lm)
     first, plan = load_encoder(file, lm), replace(SMALL, begin=str(file), seed=1)
@@ -316,8 +322,9 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_learns_both():
-    """In the built-in model: random weights lay on BOS in front what they had for the vectors."""
+def test_training_lowers_both_losses():
+    """In the built-in model, because a model of random weights attends to the BOS in front instead
+    of the vectors."""
     lm = load_lm("pocket")
     texts = sorted((Path(__file__).parent.parent / "studies" / "texts").glob("*.txt"))
     text = torch.tensor([i for path in texts[:3] for i in lm.tokenize(path.read_text())])
@@ -356,11 +363,11 @@ def test_plans_that_cannot_be_are_refused(changes, says):
         replace(SMALL, **changes)
 
 
-def test_runs_that_cannot_be_are_refused():
+def test_trainings_that_cannot_run_are_refused():
     lm = tiny()
     with pytest.raises(MemvecError, match="do not fit the context"):
         UsableTraining(lm, stream(lm), replace(SMALL, longest=64))
-    mamba = tiny("mamba")  # of any length
+    mamba = tiny("mamba")  # its context has no limit
     with pytest.raises(MemvecError, match="too few to train an encoder on passages of 4000"):
         UsableTraining(mamba, stream(mamba), replace(SMALL, longest=2000))
     nameless = copy.copy(lm)
@@ -382,7 +389,7 @@ def test_its_files_are_checked(tmp_path):
     save_encoder(file, encoder_of(lm), lm)
     with pytest.raises(MemvecError, match="was trained for other weights"):
         load_encoder(file, tiny(seed=1))
-    # Copies: what is read lies in the file, which is written anew.
+    # Copies, because the loaded tensors are a view of the file, which is written anew.
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     modules = called_maps(lm)
 
@@ -410,7 +417,7 @@ def test_its_files_are_checked(tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_and_taken_by_the_command(command, folder, tmp_path):
+def test_the_commands_train_the_encoder_and_cram_from_it(command, folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     books, letter = tmp_path / "books.txt", tmp_path / "letter.txt"
     books.write_text("the cat sat on the mat and the dog, and so it went on. " * 200)
@@ -472,7 +479,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
 # ---------------------------------------------------------------------- the built-in model's
 
 
-def test_the_built_in_model_has_one_of_its_weights():
+def test_the_built_in_model_has_a_usable_encoder_and_starts_from_it():
     lm = load_lm("pocket")
     assert (lm.usable_encoder.kind, lm.usable_encoder.max_vectors) == ("usable", 4)
     assert lm.description()["usable_encoder"] == lm.usable_encoder.identity
@@ -480,8 +487,8 @@ def test_the_built_in_model_has_one_of_its_weights():
 
 
 @pytest.mark.slow
-def test_a_few_steps_from_it_are_exact_and_usable():
-    """On a text of ours: exact, and nearer to the text than none of it is, by the certificate."""
+def test_a_few_steps_from_the_encoder_give_exact_and_usable_vectors():
+    """They are exact in fewer than 100 steps, and their KL is below half of that of no context."""
     text = (Path(__file__).parent.parent / "examples" / "letter.txt").read_text("utf-8")[:72]
     lm = load_lm("pocket")
     mem = memvec.cram(lm, text, vectors=4, tokens=24, recipe=Recipe.of("usable-quick"))
