@@ -1,4 +1,4 @@
-"""Vectors that are exact and usable: the second loss, its certificate, and a prompt after them."""
+"""Usable vectors: the second loss, its turns, files and certificates of use, and generation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAMILIES = ["llama", "gpt2", "mamba", "opt-projected", "gemma2"]
 
 
 def triggered(family: str) -> tuple[FrozenLM, Recipe]:
-    """A tiny model and the recipe with a trigger: its BOS, or a token where it has none."""
+    """A tiny model and the recipe; the trigger is BOS, or another token for a model without BOS."""
     lm = tiny(family)
     return lm, USABLE if lm.bos_id is not None else replace(USABLE, trigger="#3")
 
@@ -57,14 +57,14 @@ def triggered(family: str) -> tuple[FrozenLM, Recipe]:
 
 
 @pytest.mark.parametrize("top", [1, 5, 10_000])
-def test_the_divergence_is_that_of_the_kept_outcomes(top):
+def test_the_divergence_merges_all_tokens_that_are_not_kept_into_one(top):
     generator = torch.Generator().manual_seed(top)
     p, q = (torch.randn(4, 3, 40, generator=generator).double() for _ in range(2))
     n = min(top, 39)
     values, ids = p.log_softmax(-1).topk(n, dim=-1)
     rest = 1 - values.exp().sum(-1)
     found = teacher.divergence(q, ids, values, rest.log())
-    # The slow way: the other outcomes are merged into one, and KL is summed over all.
+    # The slow way: the other tokens are merged into one outcome, and KL is summed over outcomes.
     for at in range(4):
         for position in range(3):
             first, second = p[at, position].softmax(-1), q[at, position].softmax(-1)
@@ -90,7 +90,7 @@ def test_keeping_more_outcomes_never_lowers_the_divergence():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 @pytest.mark.slow
-def test_one_move_follows_the_gradient_of_both_losses(family, weight):
+def test_a_step_has_the_gradient_of_both_losses(family, weight):
     lm, recipe = triggered(family)
     recipe = replace(recipe, optimizer="adam", term_weight=weight, look_ahead=100)
     asked = passages(5, 3, seed=4)
@@ -100,7 +100,7 @@ def test_one_move_follows_the_gradient_of_both_losses(family, weight):
     engine.fill(2)
     batch, step = engine.batch, engine.stepper
     measured = step.measure(batch, engine.columns)
-    # The slow way: everything through autograd, a passage at a time.
+    # The slow way: autograd through both losses, one passage at a time.
     view = engine.lm
     for row, job in enumerate(engine.jobs):
         ids = torch.tensor([job.passage.ids])
@@ -130,8 +130,8 @@ def test_one_move_follows_the_gradient_of_both_losses(family, weight):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_query_counts_by_its_own_tokens(first, monkeypatch):
-    """Queries of a source of one's own may be of several lengths: padding counts in none."""
+def test_the_padding_of_a_query_does_not_count(first, monkeypatch):
+    """A custom source may give queries of several lengths; their padding does not count."""
     rows = [([5, 6, 0, 0], 2), ([7, 8, 9, 4], 4)]
     table, lengths = zip(rows[first], rows[1 - first], strict=True)
     own = queries.Queries(torch.tensor(table), torch.tensor(lengths))
@@ -153,7 +153,7 @@ def recipe_in(engine: Engine) -> float:
     return engine.recipe.temperature
 
 
-def test_what_is_kept_of_a_passage_depends_on_it_alone():
+def test_queries_and_teacher_of_a_passage_do_not_depend_on_others():
     lm, asked = tiny(), passages(4, 6, 3, seed=8)
     engine = Engine(lm, USABLE, vectors=2, batch_size=3)
     together = engine.stepper.term.fresh(asked)
@@ -165,7 +165,7 @@ def test_what_is_kept_of_a_passage_depends_on_it_alone():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top", [1, 7, 10_000])
-def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
+def test_predictions_stored_while_sampling_are_those_of_one_forward_pass(family, top):
     lm, recipe = triggered(family)
     recipe = replace(recipe, teacher_top=top, query_count=BATCH + 1)  # two batches of samples
     ids = passages(4)[0].ids
@@ -176,12 +176,12 @@ def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
     torch.testing.assert_close(said.log_p, again.log_p, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(said.log_others.exp(), again.log_others.exp(), atol=1e-4, rtol=1e-3)
     assert said.top.dtype == again.top.dtype
-    assert float((said.top == again.top).float().mean()) > 0.99  # but for ties
+    assert float((said.top == again.top).float().mean()) > 0.99  # ties may differ
 
 
 @pytest.mark.parametrize(("family", "once"), [("llama", True), ("gemma2", True), ("mamba", False)])
-def test_the_text_is_read_once_for_queries_that_are_sampled_together(family, once):
-    """Where a cache of keys and values can be repeated; the benchmark counts queries so."""
+def test_a_text_is_read_once_for_all_queries_sampled_from_it(family, once):
+    """This needs a cache of keys and values, which can be repeated; benchmarks count queries so."""
     lm, recipe = triggered(family)
     recipe, ids, read = replace(recipe, query_count=5), passages(4)[0].ids, []
 
@@ -196,19 +196,20 @@ def test_the_text_is_read_once_for_queries_that_are_sampled_together(family, onc
     finally:
         hook.remove()
     text = len(ids) + (lm.bos_id is not None)
-    # A row reads the last input of the text itself, and all of its query but the last token.
-    inputs = text - 1 + 5 * (1 if once else text)  # a cache is known once it holds something
+    # Each row reads the last input of the text, and all of its query but the last token. Without
+    # such a cache each row reads the whole text; a first pass only finds the kind of cache.
+    inputs = text - 1 + 5 * (1 if once else text)
     assert sum(read) == inputs + 5 * (recipe.query_tokens - 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.slow
-def test_a_passage_does_not_feel_its_neighbours(family, every):
-    """In the same slot, bit by bit: products may round the rows of another slot otherwise."""
+def test_a_passage_with_the_second_loss_does_not_depend_on_its_neighbours(family, every):
+    """Its parameters are equal bit for bit in the same slot, where products round alike."""
     lm, recipe = triggered(family)
     recipe = replace(recipe, objective_every=every)
-    # Of one length, and done together: the shape and the slots stay the same.
+    # The passages have one length and end together, so the shape and the slots stay the same.
     (a, b, c), (d, e, f) = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
     recipe = replace(recipe, settle=30, decay=30, steps=30, if_not_exact="stop")
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
@@ -225,7 +226,7 @@ def test_a_passage_does_not_feel_its_neighbours(family, every):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_the_second_loss_falls_and_exactness_stays(family):
+def test_the_second_loss_lowers_the_divergence_and_passages_stay_exact(family):
     lm, recipe = triggered(family)
     asked = passages(4, 3, seed=9)
     kept = {}
@@ -245,7 +246,7 @@ def test_the_second_loss_falls_and_exactness_stays(family):
             q = lm.head(teacher.states_after(lm, after, words)).log_softmax(-1)
             total += float((p.exp() * (p - q)).sum(-1).mean())
         kept[weight] = total
-        # What keeps keys and values has read the front before (memvec.usable.front).
+        # A model with a cache of keys and values has read the front before (memvec.usable.front).
         before = 2 + (len(engine.lm.front) if family == "mamba" else 0)
         assert int(term.inputs(torch.tensor([3]))) == before + recipe.query_tokens - 1
     assert kept[8.0] < kept[0.0]
@@ -258,7 +259,9 @@ def test_the_second_loss_falls_and_exactness_stays(family):
 @pytest.mark.parametrize("between", [[0, 1], [1]])
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.slow
-def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, between, fixed_shapes):
+def test_between_its_turns_a_passage_has_the_gradient_of_the_second_loss_alone(
+    family, between, fixed_shapes
+):
     lm, recipe = triggered(family)
     recipe = replace(recipe, objective_every=2, optimizer="adam", look_ahead=100)
     engine = Engine(lm, recipe, vectors=2, batch_size=2, fixed_shapes=fixed_shapes)
@@ -267,13 +270,13 @@ def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, betwe
     engine.fill(2)
     batch, step, view = engine.batch, engine.stepper, engine.lm
     engine.step()
-    batch.steps[[row for row in (0, 1) if row not in between]] = 2  # it is their turn
+    batch.steps[[row for row in (0, 1) if row not in between]] = 2  # a turn of the first loss
     before, seen = batch.take(torch.arange(2)), []
     follow = step.gradient
     step.gradient = lambda *given: seen.append(follow(*given)) or seen[-1]
     at = batch.parameters.detach().clone().requires_grad_()
     total = 0.0
-    for row in range(2):  # the slow way: the queries, and who is asked, through autograd
+    for row in range(2):  # the slow way: autograd through the query, and in a turn the passage
         ids, vectors = torch.tensor([engine.jobs[row].passage.ids]), at[row : row + 1]
         which = int(batch.steps[row])
         query, length = batch.term.queries[row, which][None], int(batch.term.length[row, which])
@@ -292,8 +295,8 @@ def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, betwe
     assert torch.equal(batch.vectors[between], before.vectors[between])
     assert torch.equal(batch.schedule.stale[between], before.schedule.stale[between])
     assert (batch.steps - before.steps).tolist() == [1, 1]
-    # The vectors, what stands in front of them unless it is kept, and a query but for its last
-    # token; and for who is asked the same again, the trigger, and the passage but for its last.
+    # Cost of the second loss: the front unless it is in the cache, the vectors, and the query but
+    # its last token. Cost of a turn: the front, the vectors, the trigger, and the passage likewise.
     around = 2 + (len(view.front) if family == "mamba" else 0)
     of_query = around + recipe.query_tokens - 1
     of_passage = [around + len(view.trigger) + n - 1 for n in (5, 3)]
@@ -322,7 +325,8 @@ def test_turns_cost_less_and_passages_stay_exact(slots, poll):
 @pytest.mark.parametrize("every", [2, 5])
 @pytest.mark.parametrize("schedule", ["growing", "geometric"])
 def test_a_stage_narrows_by_the_turns_that_a_passage_had(every, schedule):
-    """Of a passage that makes no progress, the same counts after so many turns, however rare."""
+    """After the same number of turns of a passage without progress, the same number of tokens
+    counts, for every `objective_every`."""
     recipe = replace(USABLE, schedule=schedule, look_ahead=8, narrow_after=3, settle=1000, lr=1e-9)
     counted = {}
     for n in (1, every):
@@ -345,7 +349,7 @@ def test_a_stage_narrows_by_the_turns_that_a_passage_had(every, schedule):
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
 @pytest.mark.parametrize("corrections", [0, 3])
 @pytest.mark.slow
-def test_a_passage_whose_misses_are_listed_settles(schedule, corrections):
+def test_a_passage_with_corrections_is_done_after_its_settle_steps(schedule, corrections):
     recipe = replace(USABLE, schedule=schedule, corrections=corrections, settle=40, decay=40)
     for outcome in Engine(tiny(), recipe, vectors=2, batch_size=3).run(passages(4, 3, 4, seed=9)):
         assert (outcome.status, outcome.exact) == ("done", True)
@@ -355,8 +359,8 @@ def test_a_passage_whose_misses_are_listed_settles(schedule, corrections):
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("rise", [0.0, 0.1])
-def test_the_weight_follows_whether_the_passage_came(every, rise):
-    """Step by step, from what was measured at the vectors: up where it came, else down."""
+def test_the_weight_rises_in_turns_in_which_all_margins_are_met(every, rise):
+    """In each turn `term_rise` raises it if the vectors meet every margin, and else lowers it."""
     lm, recipe = triggered("llama")
     recipe = replace(recipe, objective_every=every, term_rise=rise, settle=200, compute="model")
     engine = Engine(lm, recipe, vectors=2, batch_size=3)
@@ -388,7 +392,7 @@ def test_the_weight_follows_whether_the_passage_came(every, rise):
         torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-6)
         assert len(seen) == number + 1
     assert 5 < ups < 90 * 3 - 20
-    # After the steps that it has to settle, a passage feels less and less of it, as ever.
+    # After `settle` steps the weight decays, as it does without `term_rise`.
     step.recipe = step.term.recipe = replace(recipe, settle=10)
     engine.batch.steps += 80
     engine.batch.schedule.best *= 0
@@ -397,8 +401,9 @@ def test_the_weight_follows_whether_the_passage_came(every, rise):
 
 
 @pytest.mark.slow
-def test_a_weight_that_rises_keeps_passages_exact_and_apart():
-    """Where one weight is too much for some passages, each finds its own; nobody feels another."""
+def test_a_rising_weight_keeps_passages_exact_and_independent():
+    """A fixed weight is too large for some passages. With `term_rise` each passage gets its own
+    weight, which does not depend on the other passages."""
     lm, recipe = triggered("llama")
     recipe = replace(recipe, settle=100, decay=100, steps=100, patience=100, term_weight=100.0)
     recipe = replace(recipe, if_not_exact="stop")
@@ -412,7 +417,7 @@ def test_a_weight_that_rises_keeps_passages_exact_and_apart():
     assert torch.equal(alone.vectors, found[asked[0].ids].vectors)
 
 
-def test_turns_are_for_the_term_use():
+def test_turns_and_rising_weights_are_refused_without_the_term_use():
     with pytest.raises(MemvecError, match="term_rise is for use only: take the preset 'usable'"):
         replace(QUICK, term="none", term_rise=0.03)
     with pytest.raises(MemvecError, match="term_rise must be at least 0"):
@@ -434,7 +439,7 @@ def test_turns_are_for_the_term_use():
     ("trigger", "storage"), [("bos", "int8"), ("#0", "float32"), ("the", "int8")]
 )
 @pytest.mark.slow
-def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
+def test_a_file_keeps_its_trigger_and_its_certificate_of_use(trigger, storage, tmp_path):
     lm = reader("words")
     (the,) = lm.tokenize("the")
     mem = codec.cram(
@@ -457,7 +462,7 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
         assert again.header.trigger == token_named(lm, trigger)
         other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
         certificate, _ = codec.verify(lm, other)
-        assert not certificate["exact"]  # after another token the passage does not come
+        assert not certificate["exact"]  # after another token the passage does not decode
     worth = certify_use(lm, again)
     assert worth.held_out.contexts["nothing"].kept == 0
     measured = worth.model_dump(mode="json")["held_out"]["contexts"]["vectors"]
@@ -465,7 +470,7 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_true_continuation_is_measured_where_the_text_goes_on(monkeypatch):
+def test_the_true_continuation_is_measured_for_passages_that_have_one(monkeypatch):
     monkeypatch.setattr(certificate, "TOKENS", 4)
     lm = reader("words")
     text = "the cat sat on the mat and the dog ran " * 2
@@ -499,7 +504,7 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone(capsys):
 
 
 def test_a_context_is_compared_on_the_passages_that_have_it():
-    """By hand, for a passage without the context and two that differ."""
+    """Computed by hand for one passage without the context and two with it, which differ."""
     last, whole = "last 4 tokens", []
     for kl, nll, nothing in ((None, None, 9.0), (0.4, 1.5, 2.0), (0.8, 3.0, 5.0)):
         own = {FULL: Figures(0.0, 1.0), NONE: Figures(1.0, nothing), VECTORS: Figures(0.2, 1.0)}
@@ -518,7 +523,7 @@ def test_a_context_is_compared_on_the_passages_that_have_it():
 
 
 @pytest.mark.parametrize(("n", "limit"), [(1, 8), (8, 8), (9, 8), (100, 8), (1000, 32)])
-def test_the_measured_passages_lie_all_over_the_file(n, limit):
+def test_the_measured_passages_are_evenly_spaced_in_the_file(n, limit):
     found = certificate._evenly_spaced(n, limit)
     assert len(found) == min(n, limit)
     ends = [*found, n]
@@ -526,7 +531,7 @@ def test_the_measured_passages_lie_all_over_the_file(n, limit):
     assert {b - a for a, b in pairwise(ends)} <= {n // len(found), -(-n // len(found))}
 
 
-def test_the_last_passage_of_a_row_is_read_alone():
+def test_the_context_of_the_last_passage_of_a_row_is_its_vectors_alone():
     lm, words = triggered_view(tiny(), USABLE), torch.tensor([[5, 6, 7]])
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_row = contexts.contexts_of_row(lm, vectors, [4, 5, 6])
@@ -535,7 +540,7 @@ def test_the_last_passage_of_a_row_is_read_alone():
     assert contexts.LAST_PASSAGE not in contexts.contexts_of_row(lm, vectors[:1], [4, 5, 6])
 
 
-def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors():
+def test_the_context_scale_does_not_apply_to_exact_only_vectors():
     lm, ids, words = triggered_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
     vectors, control = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_scale = [
@@ -547,8 +552,8 @@ def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors()
         assert torch.allclose(first, second, atol=1e-4) == same
 
 
-def test_a_text_with_a_bos_of_its_own_is_read_after_no_other():
-    """The reference of a divergence is then the model that has read the text alone, too."""
+def test_a_text_that_begins_with_bos_gets_no_second_bos():
+    """The reference of the KL is then the model that has read the text, with one BOS in front."""
     lm, vectors = tiny(), torch.randn(1, tiny().width)
     words = torch.tensor([[4, 8, 2]])
     for rest in ((5, 6, 7, 9), (5,)):
@@ -562,7 +567,7 @@ def test_a_text_with_a_bos_of_its_own_is_read_after_no_other():
 
 
 @pytest.mark.parametrize(("tokens", "K"), [(3, 2), (2, 5), (1, 7)])
-def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
+def test_a_row_has_as_many_passages_as_fit_the_context(tokens, K):
     lm = triggered_view(tiny(), USABLE)
     asked = [[5] * tokens] * 100
     n = certificate._passages_that_fit(lm, asked, K, 48)
@@ -572,8 +577,8 @@ def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 7919, -7919, 2**63 - 1])
-def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
-    """Whatever the recipe's seed: it moves that of the certificate, too."""
+def test_no_held_out_query_is_one_of_cramming(seed, monkeypatch):
+    """This holds for every seed of the recipe, to which the certificate adds its own."""
     lm, text = reader("words"), "the cat sat"
     recipe = replace(USABLE, seed=seed, query_count=4, query_tokens=48, settle=1)
     mem = codec.cram(lm, [text], vectors=2, tokens=4, recipe=recipe)
@@ -593,8 +598,8 @@ def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [None, 110, 60])
-def test_a_text_of_several_passages_is_measured_whole(room):
-    """Its vectors one after the other, as far as the context has room: the slow way."""
+def test_the_passages_of_a_text_are_measured_in_a_row(room):
+    """As many of its passages as fit the context are read in a row; the slow way gives the same."""
     lm = reader("words")
     texts = ["the cat sat on the mat and the dog ran " * 3, "a dog and", "the fox ran on the mat"]
     mem = codec.cram(lm, texts, vectors=2, tokens=6, recipe=replace(USABLE, settle=2, steps=2))
@@ -629,7 +634,9 @@ def test_a_text_of_several_passages_is_measured_whole(room):
 
 
 @pytest.mark.slow
-def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
+def test_a_resumed_run_gives_the_vectors_and_certificate_of_an_uninterrupted_one(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(certificate, "TOKENS", 4)
     lm, options = reader("words"), {"vectors": 2, "tokens": 3, "recipe": USABLE}
     text = "the cat sat on the mat and the dog"
@@ -658,7 +665,7 @@ def crammed(request):
 @pytest.mark.parametrize("which", [[0], [0, 1]])
 @pytest.mark.parametrize("context", ["vectors", "text", "nothing"])
 @pytest.mark.slow
-def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
+def test_use_writes_the_models_greedy_text(crammed, which, context):
     lm, mems = crammed
     chosen = [mems[i] for i in which]
     written = memvec.use(lm, chosen, "the lazy", context=context, max_new_tokens=5)
@@ -675,7 +682,7 @@ def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
 
 
 def greedy(lm, inputs, tokens: int) -> str:
-    """What the model writes after inputs (1, S, D), a forward pass for each token."""
+    """Greedy text after inputs (1, S, D), with one forward pass for each token."""
     ids = []
     for _ in range(tokens):
         token = int(lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax())
@@ -688,7 +695,7 @@ def greedy(lm, inputs, tokens: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [generate.context_inputs, partial(generate.use, prompt="fox")])
-def test_passages_are_some_of_one_file(crammed, asked):
+def test_passages_are_picked_from_one_file(crammed, asked):
     lm, mems = crammed
     with pytest.raises(MemvecError, match="passages are picked from one file"):
         asked(lm, mems, passages=[0])
@@ -698,7 +705,7 @@ def test_passages_are_some_of_one_file(crammed, asked):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untyped")
-def test_use_is_asked_in_ways_that_it_can_heed(crammed):
+def test_settings_that_use_cannot_apply_are_refused(crammed):
     lm, (mem, *_) = crammed
     for chosen in (0, "0", [0.0]):
         with pytest.raises(MemvecError, match="passages is a list of numbers"):
@@ -708,7 +715,7 @@ def test_use_is_asked_in_ways_that_it_can_heed(crammed):
             generate.use(lm, mem, "fox", **{setting: 1})
     with pytest.raises(MemvecError, match=r"^max_new_tokens must be a whole number, not 2\.5"):
         generate.use(lm, mem, "fox", max_new_tokens=2.5)
-    with pytest.raises(MemvecError, match="an answer of 128 tokens"):  # as where none is given
+    with pytest.raises(MemvecError, match="an answer of 128 tokens"):  # the default
         generate.use(lm, mem, "fox", max_new_tokens=None)
     assert generate._options(lm, {"stop_strings": ["end"]})["tokenizer"] is lm.tokenizer
     written = generate.use(lm, mem, "fox", passages=iter([0]), max_new_tokens=3)
@@ -717,7 +724,7 @@ def test_use_is_asked_in_ways_that_it_can_heed(crammed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("passage", [0, 1])
-def test_one_passage_can_be_used_alone(crammed, passage):
+def test_a_single_passage_can_be_used(crammed, passage):
     lm, mems = crammed
     alone = generate.use(lm, mems[0], "fox", passages=[passage], max_new_tokens=4)
     asked = lm.embed(torch.tensor([lm.tokenize("fox")]))
@@ -731,7 +738,7 @@ def test_one_passage_can_be_used_alone(crammed, passage):
 # ---------------------------------------------------------------------- bad input
 
 
-def test_bad_queries_are_a_sentence(tmp_path):
+def test_bad_queries_are_refused(tmp_path):
     lm = reader("words")
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text("\n \n")
@@ -751,7 +758,7 @@ def test_bad_queries_are_a_sentence(tmp_path):
         codec.cram(lm, "the cat", tokens=2, recipe=replace(USABLE, query_tokens=10_000))
 
 
-def test_questions_of_a_person_are_queries(tmp_path):
+def test_queries_from_a_file_are_questions_with_greedy_answers(tmp_path):
     lm, file = reader("words"), tmp_path / "questions.txt"
     file.write_text("the cat\nfox\n")
     rows, length, said = queries.queries_of(
@@ -764,12 +771,12 @@ def test_questions_of_a_person_are_queries(tmp_path):
         ids = [lm.bos_id, *lm.tokenize("a dog"), *lm.tokenize(question)]
         while len(ids) < 1 + len(lm.tokenize("a dog")) + USABLE.query_tokens:
             ids.append(int(lm.own_logits(torch.tensor([ids]))[0, -1].argmax()))
-        assert row == ids[-USABLE.query_tokens :]  # the question, and the greedy answer
+        assert row == ids[-USABLE.query_tokens :]  # the question and the model's greedy answer
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_samples_are_what_the_model_writes_without_the_passage(bos):
-    """After BOS, or after the passage's first token; the passage is in the seed."""
+def test_samples_are_drawn_without_the_passage(bos):
+    """They follow BOS, or the first token if there is no BOS; the passage sets the seed."""
     lm, recipe = copy(tiny()), replace(USABLE, queries="samples", query_count=4)
     if not bos:
         lm.bos_id = None
@@ -805,7 +812,7 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
 
 
 @pytest.mark.slow
-def test_a_model_without_bos_is_certified_and_used(untyped):
+def test_vectors_for_a_model_without_bos_are_certified_and_used(untyped):
     lm = copy(reader("words"))
     lm.bos_id = None
     recipe = replace(USABLE, trigger="#5")
@@ -819,7 +826,7 @@ def test_a_model_without_bos_is_certified_and_used(untyped):
         memvec.use(lm, mem, "", context="nothing")
 
 
-def test_vectors_without_a_trigger_are_not_used():
+def test_vectors_without_a_trigger_are_refused():
     lm = reader("words")
     mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=QUICK)
     for refused in (lambda: memvec.use(lm, mem, "the"), lambda: certify_use(lm, mem)):
@@ -828,8 +835,8 @@ def test_vectors_without_a_trigger_are_not_used():
 
 
 @pytest.mark.slow
-def test_another_models_vectors_are_taken_by_force_only(crammed):
-    """As those of a model are where it was tuned since."""
+def test_vectors_of_other_weights_are_used_with_force_only(crammed):
+    """A fine-tuned model may use the vectors of the model before the tuning."""
     lm, mems = crammed
     mem, ids = mems[0], mems[0].tokens(lm)
     tuned = deepcopy(lm.model)
@@ -890,7 +897,7 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command, monkeypatch
     compared = command("use", file, "-m", folder, "-p", "the", "--compare", "--max-new-tokens", 3)
     assert compared.code == 0
     assert all(word in compared.out.decode() for word in ("vectors", "text", "nothing"))
-    again = ["--seed", 5, "--max-new-tokens", 8]  # a seed is of sampling
+    again = ["--seed", 5, "--max-new-tokens", 8]  # a seed means sampling
     first = command("use", file, "-m", folder, "-p", "the", *again).out
     assert first == command("use", file, "-m", folder, "-p", "the", "--sample", *again).out
     shown = command("use", file, "-m", folder, "-p", "the", "--json", *again).out
@@ -913,7 +920,9 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command, monkeypatch
         (["--usable", "--trigger", "#²"], "a trigger is one"),
     ],
 )
-def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence):
+def test_bad_options_of_cram_are_refused_in_one_sentence(
+    folder, tmp_path, command, words, sentence
+):
     text = tmp_path / "a.txt"
     text.write_text("the cat sat")
     ran = command("cram", text, "-m", folder, "-o", tmp_path / "a.mem", *words)
@@ -922,8 +931,10 @@ def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence
 
 
 @pytest.mark.slow
-def test_another_file_of_questions_is_another_run(folder, tmp_path, command, monkeypatch):
-    """What an interrupted run has finished counts under the same questions only."""
+def test_other_questions_under_the_same_file_name_give_other_vectors(
+    folder, tmp_path, command, monkeypatch
+):
+    """Passages in the journal of an interrupted run are taken for the same questions only."""
     monkeypatch.setattr(certificate, "TOKENS", 4)
     text, file, questions = tmp_path / "a.txt", tmp_path / "a.mem", tmp_path / "q.txt"
     text.write_text("the cat sat")
@@ -940,7 +951,7 @@ def test_another_file_of_questions_is_another_run(folder, tmp_path, command, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba"])
 def test_the_certificate_of_use_fits_the_context(family):
-    """Learned positions end where the context does: fewer tokens are read there, and recorded."""
+    """If the context is short, the queries have fewer tokens; the certificate records how many."""
     sizes = {"n_positions": 56} if family == "gpt2" else {}
     context = {} if family == "mamba" else {"max_position_embeddings": 56}
     lm = FrozenLM(build(family, **sizes, **context), None, name=family)
@@ -962,7 +973,7 @@ def test_the_certificate_of_use_fits_the_context(family):
             certify_use(lm, MemVectors(vectors, mem.header), [list(ids)], exact_only=False)
 
 
-def test_one_passage_has_no_interval():
+def test_figures_of_one_passage_have_no_interval():
     figures = {FULL: Figures(0.0, 1.0), NONE: Figures(0.5, 2.0), VECTORS: Figures(0.1, 1.2)}
     one, two = (score_table([figures] * n, 4, 48).contexts[VECTORS] for n in (1, 2))
     assert one.kl == two.kl == pytest.approx(0.1)
@@ -971,7 +982,7 @@ def test_one_passage_has_no_interval():
 
 
 @pytest.mark.parametrize("fails", [{1}, {1, 2}, {2}])
-def test_queries_are_the_same_where_memory_ran_out(monkeypatch, fails):
+def test_queries_are_the_same_after_out_of_memory(monkeypatch, fails):
     lm, ids = tiny(), passages(6)[0].ids
     recipe = Recipe(query_count=40, query_tokens=5)
     whole = queries.continuations(lm, ids, recipe).ids
@@ -989,7 +1000,7 @@ def test_queries_are_the_same_where_memory_ran_out(monkeypatch, fails):
     assert len(calls) > 2
 
 
-def test_a_draw_is_that_of_torch():
+def test_draws_are_those_of_torch_multinomial():
     shares = torch.randn(5, 30).softmax(-1)
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
     drawn = queries.Draws(ours, 5, slice(0, 5))
@@ -999,8 +1010,9 @@ def test_a_draw_is_that_of_torch():
 
 
 @pytest.mark.slow
-def test_a_draw_from_a_large_vocabulary_follows_the_shares():
-    """As numpy's search in the summed shares; rows get the same numbers whatever part is drawn."""
+def test_draws_from_a_large_vocabulary_follow_the_probabilities():
+    """A draw equals numpy's search in the cumulative sums. Each row gets the same random numbers if
+    only a part of the rows is drawn."""
     V = queries.LARGE_VOCABULARY
     shares = torch.zeros(3, V)
     shares[:, [0, 5, V - 1]] = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
@@ -1019,7 +1031,7 @@ def test_a_draw_from_a_large_vocabulary_follows_the_shares():
     assert (found - shares[:, [0, 5, V - 1]]).abs().max() < 0.08  # 3.5 standard errors
 
 
-def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monkeypatch):
+def test_the_models_own_generation_penalties_are_not_applied(monkeypatch):
     lm = reader()
     inputs = lm.embed(torch.tensor([lm.tokenize("the cat sat on the mat")]))
     plain = generate.write_after(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
@@ -1032,7 +1044,7 @@ def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monke
 
 
 def test_threads_that_generate_with_one_model_leave_it_as_it_was(monkeypatch):
-    """Two threads are in `generate` at the same time: the second begins before the first ends."""
+    """Two threads are in `generate` at the same time."""
     lm, both, seen = reader(), threading.Barrier(2, timeout=60), []
     inputs = lm.embed(torch.tensor([lm.tokenize("the cat sat on the mat")]))
     own, generates = lm.model.generation_config, type(lm.model).generate
@@ -1054,8 +1066,8 @@ def test_threads_that_generate_with_one_model_leave_it_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 6])
-def test_what_follows_a_passage_is_of_its_own_text(tokens):
-    """As many tokens as are asked for, however many passages they are in, or none."""
+def test_the_true_continuation_of_a_passage_is_of_its_own_text(tokens):
+    """It has exactly `tokens` tokens, from as many passages as needed; otherwise there is none."""
     lm, texts = reader("words"), ["the cat sat on the mat and the dog", "fox", "a dog ran over the"]
     recipe = Recipe(steps=1, if_not_exact="stop")
     mem = codec.cram(lm, texts, vectors=1, tokens=2, recipe=recipe)
@@ -1087,5 +1099,5 @@ def test_the_exact_only_control_is_exact_after_the_same_trigger(vectors, trigger
     for rows, ids in zip(found, passages, strict=True):
         if rows is not None:
             assert rows.shape == mem.vectors.shape[1:]
-            assert torch.equal(mem.storage.rounded(rows), rows)  # as many bits as the others
+            assert torch.equal(mem.storage.rounded(rows), rows)  # in the file's storage format
             assert decode_ids(view, rows[None], [len(ids)], start="bos") == [list(ids)]
