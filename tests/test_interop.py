@@ -1,4 +1,4 @@
-"""Exports: what other software reads from them gives the passages back, or there is no export."""
+"""Exports: other software decodes every passage from an export, or no export is written."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ SAMPLING = {
     "skip_special_tokens": bool,
     "spaces_between_special_tokens": bool,
 }
-# peft 0.21 reads an attribute that transformers 5.23 renamed, and says that generate's own
-# position ids are left out (November 2026).
+# peft 0.21 reads an attribute that transformers 5.23 renamed, and warns that it ignores the
+# position ids of generate (November 2026).
 PEFT_SAYS = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     "ignore:Position ids are not supported:UserWarning",
@@ -60,7 +60,7 @@ PEFT_SAYS = pytest.mark.filterwarnings(
 def crammed(
     lm: FrozenLM, rule: str = "vectors", asked: tuple[Passage, ...] = tuple(passages(2, 3, 2))
 ) -> MemVectors:
-    """Exact vectors of a few passages, made once for all tests."""
+    """Exact vectors of a few passages, crammed once for all tests."""
     recipe = Recipe.of(start_rule=rule, steps=600, patience=600)
     engine = Engine(lm, recipe, vectors=2, batch_size=4)
     mem = as_mem(lm, list(engine.run(asked)), rule)
@@ -101,8 +101,8 @@ def test_generate_gives_the_passages_back(family, tmp_path):
     "rule", [pytest.param(r, marks=[pytest.mark.slow] * (r == "bos")) for r in START_RULES]
 )
 @pytest.mark.parametrize("target", names())
-def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
-    """Given tokens travel with the vectors, and are not asked for again."""
+def test_every_target_writes_the_given_tokens_of_every_start_rule(target, rule, tmp_path):
+    """The file of a passage also has its given tokens, and `new_tokens` does not count them."""
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm, rule)
     manifest = export(lm, mem, target_of(target), tmp_path / "out")
@@ -114,7 +114,7 @@ def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
     assert manifest["certificate"]["decoded_in"] == manifest["dtype"] == "bfloat16"
 
 
-def test_an_export_takes_the_name_of_its_target(tmp_path):
+def test_a_target_may_be_given_by_name(tmp_path):
     lm = in_dtype("llama", torch.float32)
     mem = crammed(lm)
     manifest = export(lm, mem, "npy", tmp_path / "out")
@@ -122,7 +122,7 @@ def test_an_export_takes_the_name_of_its_target(tmp_path):
     assert (tmp_path / "out" / manifest["passages"][0]["file"]).is_file()
 
 
-def test_an_eos_in_a_passage_and_a_model_that_samples_change_nothing(tmp_path):
+def test_an_eos_in_a_passage_and_the_models_own_sampling_are_ignored(tmp_path):
     lm = FrozenLM(build("llama"), name="sampler")
     own = GenerationConfig(do_sample=True, temperature=9.0, eos_token_id=1, max_length=3)
     lm.model.generation_config = own
@@ -183,7 +183,7 @@ def test_peft_loads_the_adapter_and_generates_the_passage(family, rule, tmp_path
     assert found == hashes(mem)
 
 
-def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+def test_peft_certifies_and_leaves_the_model_unchanged(tmp_path, monkeypatch):
     lm = FrozenLM(build("llama"), name="adapted")
     mem = crammed(lm)
     before = [(m, dict(vars(m))) for m in lm.model.modules()]
@@ -199,8 +199,8 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
     assert manifest["certificate"]["decoded_by"].startswith("memvec ")
 
 
-def test_an_adapter_that_peft_generates_other_text_from_is_not_written(tmp_path, monkeypatch):
-    """The certificate is PEFT's own word: where its generate is wrong, there is no export."""
+def test_an_adapter_from_which_peft_generates_other_tokens_is_not_written(tmp_path, monkeypatch):
+    """PEFT's `generate` decides: if it gives other tokens, nothing is written."""
     from peft import PeftModelForCausalLM
 
     lm = tiny()
@@ -218,7 +218,8 @@ def test_an_adapter_that_peft_generates_other_text_from_is_not_written(tmp_path,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vllm_can_load_the_request(dtype, tmp_path):
-    """The rules of its loader: base64, weights only, dense, two dimensions, D the hidden size."""
+    """Its loader takes base64 of a dense tensor (K, D) that torch loads with `weights_only`; D is
+    the hidden size."""
     lm = in_dtype("llama", dtype)
     mem = crammed(lm)
     manifest = export(lm, mem, target_of("vllm"), tmp_path / "out")
@@ -240,14 +241,14 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
             "model": lm.name,
             "prompt": None,
             "temperature": 0,
-            "ignore_eos": True,  # one inside a passage is a token like any other
+            "ignore_eos": True,  # an EOS in a passage is a token like any other
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
             "return_token_ids": True,
         }
 
 
-def test_sglang_reads_the_very_numbers(tmp_path):
+def test_the_sglang_request_has_the_exact_numbers(tmp_path):
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm)
     manifest = export(lm, mem, target_of("sglang"), tmp_path / "out")
@@ -255,7 +256,7 @@ def test_sglang_reads_the_very_numbers(tmp_path):
         body = json.loads((tmp_path / "out" / passage["file"]).read_text())
         numbers = torch.tensor(body["input_embeds"])
         assert torch.equal(numbers.bfloat16(), vectors.bfloat16())
-        assert torch.equal(numbers.bfloat16().float(), numbers)  # its cast loses nothing
+        assert torch.equal(numbers.bfloat16().float(), numbers)  # SGLang's cast loses nothing
         assert body["sampling_params"]["max_new_tokens"] == passage["new_tokens"]
         assert {name: type(value) for name, value in body.items()} == SGLANG
         assert {name: type(value) for name, value in body["sampling_params"].items()} == SAMPLING
@@ -279,8 +280,8 @@ def test_numpy_files_hold_the_vectors(tmp_path):
     ("dtype", "kept"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")]
 )
 @pytest.mark.parametrize("target", ["npy", "llama.cpp"])
-def test_numpy_files_are_of_a_dtype_that_numpy_has(target, dtype, kept, tmp_path):
-    """llama.cpp takes float32 whatever the model's dtype is."""
+def test_numpy_files_have_a_dtype_that_numpy_has(target, dtype, kept, tmp_path):
+    """The files for llama.cpp have float32 for every dtype of the model."""
     lm = in_dtype("llama", getattr(torch, dtype))
     item, path = Item(torch.randn(2, lm.width), (), 1), tmp_path / "a.npy"
     target_of(target).write(path, item, lm)
@@ -296,8 +297,8 @@ def test_the_adapter_names_the_models_revision(tmp_path):
     assert (config["revision"], config["inference_mode"]) == ("a1b2c3", True)
 
 
-def test_a_gguf_file_of_ones_own_takes_every_type_of_model(tmp_path):
-    """llama.cpp has a program that makes one, where memvec writes none."""
+def test_every_type_of_model_is_exported_for_llama_cpp_and_not_for_mlx(tmp_path):
+    """memvec makes GGUF files of some types only; llama.cpp has a program for the others."""
     lm = tiny("gpt2")
     assert export(lm, crammed(lm), target_of("llama.cpp"), tmp_path / "out")["passages"]
     with pytest.raises(MemvecError, match="mlx-lm takes no input embeddings"):
@@ -305,7 +306,7 @@ def test_a_gguf_file_of_ones_own_takes_every_type_of_model(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_an_export_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+def test_an_export_has_the_permissions_of_the_umask(tmp_path, umask):
     lm = tiny("llama")
     mem = crammed(lm)
     before = os.umask(umask)
@@ -356,7 +357,7 @@ def test_an_error_names_a_few_passages_and_counts_the_others(named, more, tmp_pa
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("family", "why"), [("gemma3", "scales"), ("opt-projected", "hidden")])
-def test_what_a_server_would_see_otherwise_is_refused(engine, family, why, tmp_path):
+def test_a_model_whose_inputs_a_server_reads_differently_is_refused(engine, family, why, tmp_path):
     lm = in_dtype(family, torch.bfloat16)
     with pytest.raises(MemvecError, match=why):
         export(lm, crammed(lm), target_of(engine), tmp_path / "out")
@@ -366,7 +367,9 @@ def test_what_a_server_would_see_otherwise_is_refused(engine, family, why, tmp_p
 
 
 @pytest.mark.parametrize("target", names())
-def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_path):
+def test_a_passage_that_is_not_exact_for_the_target_is_named_and_nothing_is_written(
+    target, tmp_path
+):
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm)
     damaged = mem.vectors.clone()
@@ -377,7 +380,7 @@ def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_dtype_of_the_target_decides(tmp_path):
+def test_a_model_in_a_dtype_that_the_target_lacks_is_refused(tmp_path):
     with pytest.raises(MemvecError, match="load it in bfloat16"):
         export(tiny(), crammed(tiny()), target_of("sglang"), tmp_path / "out")
 
@@ -427,7 +430,7 @@ def test_the_command_exports(target, command, folder, tmp_path):
     assert command(*words, "--force").code == 0
 
 
-def test_the_command_speaks_one_sentence(command, folder, tmp_path):
+def test_errors_of_the_export_command_are_one_sentence(command, folder, tmp_path):
     lm = reader()
     mem = codec.cram(lm, ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     mem.save(tmp_path / "a.mem")
@@ -447,13 +450,13 @@ def test_the_command_speaks_one_sentence(command, folder, tmp_path):
 @pytest.mark.slow
 @PEFT_SAYS
 @pytest.mark.skipif(not POCKET.exists(), reason="the built-in model is not made yet")
-def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
-    """Its commands and every snippet that needs no server, as they stand there."""
-    letter = (ROOT / "examples/letter.txt").read_text()[:80]  # all of it is crammed elsewhere
+def test_the_commands_and_snippets_of_the_interop_page_run(command, tmp_path, monkeypatch, python):
+    """All of its commands and Python snippets run; the text is shorter than on the page."""
+    letter = (ROOT / "examples/letter.txt").read_text()[:80]  # other tests cram the whole text
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples/letter.txt").write_text(letter)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.executable", python)  # for the engine that certifies
+    monkeypatch.setattr("sys.executable", python)  # starts the engine that certifies
     lines = [line.strip() for line in PAGE.splitlines() if line.startswith("    memvec ")]
     assert len(lines) == 13
     for line in lines:
@@ -468,7 +471,7 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
             exec(compile(code, "docs/interop.md", "exec"), {})
         shown.append(printed.getvalue())
     answer = command("use", "usable.mem", "-p", " The next morning", "--max-new-tokens", 12)
-    written, *shown = shown  # the first one exports, and prints nothing
+    written, *shown = shown  # the first snippet exports and prints nothing
     assert written == ""
     assert shown[0].strip() == answer.out.decode().strip()
     assert shown[1:3] == [letter, letter]
@@ -477,7 +480,7 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
 
 @pytest.mark.parametrize("target", ["transformers", "npy"])
 @pytest.mark.parametrize("what", ["quantized", "mixed"])
-def test_what_other_software_would_read_with_other_numbers_is_refused(target, what, tmp_path):
+def test_a_quantized_or_mixed_precision_model_is_not_exported(target, what, tmp_path):
     lm = tiny("llama")
     mem = crammed(lm)
     other = copy.copy(lm)
@@ -490,7 +493,7 @@ def test_what_other_software_would_read_with_other_numbers_is_refused(target, wh
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
+def test_an_export_is_certified_with_the_attention_of_other_software(tmp_path):
     lm = FrozenLM(build("llama").to(torch.bfloat16), name="half")
     widen_attention(lm.model)
     ours = lm.config._attn_implementation
@@ -512,7 +515,7 @@ def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
     assert lm.config._attn_implementation == ours
 
 
-def test_an_earlier_export_is_kept_where_its_successor_finds_no_place(tmp_path, monkeypatch):
+def test_an_earlier_export_is_kept_if_the_disk_is_full(tmp_path, monkeypatch):
     lm = tiny("llama")
     mem = crammed(lm)
     export(lm, mem, target_of("npy"), tmp_path / "x")
@@ -521,7 +524,7 @@ def test_an_earlier_export_is_kept_where_its_successor_finds_no_place(tmp_path, 
     refused: list[Path] = []
 
     def full(self, target):
-        if Path(target) == tmp_path / "x" and not refused:  # the successor comes first
+        if Path(target) == tmp_path / "x" and not refused:  # the first move is of the new export
             refused.append(self)
             raise OSError(28, "No space left on device")
         return replace_path(self, target)
