@@ -1,4 +1,7 @@
-"""The pool of actors, with a Ray that dies on command: no passage may get lost or come twice."""
+"""Workers: a pool of Ray actors crams and decodes every passage once, also if actors die.
+
+Scripted actors take the place of Ray's in all tests but one.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ from test_report import alike
 pytestmark = pytest.mark.filterwarnings("ignore:a worker died")
 
 
-# What Ray says of a worker that raised an error: the traceback, and the error's lines.
+# The text of Ray's error for a worker that raised one: the traceback and the error's lines.
 FAULTS = {
     "fault": "ray::Worker.stream() (pid=7)\n  File actor.py, line 120\ntorch.AcceleratorError: "
     "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECCUncorrectable'.",
@@ -55,19 +58,19 @@ FAULTS = {
 
 
 class DiedError(Exception):
-    """Stands for Ray's RayActorError."""
+    """A fake of Ray's RayActorError."""
 
     actor_init_failed = False
 
 
 class UnbornError(DiedError):
-    """Stands for Ray's error of an actor whose constructor raised."""
+    """A fake of Ray's error for an actor whose constructor raised one."""
 
     actor_init_failed = True
 
 
 class Actor:
-    """An actor whose stream follows a script: how many rows it gives, and how it ends."""
+    """A scripted actor: its stream gives a number of rows and then ends in the way given."""
 
     def __init__(self, rows: int, end: str) -> None:
         self.rows, self.end = rows, end
@@ -76,7 +79,7 @@ class Actor:
         )
 
     def results(self, unit: StudyUnit | Batch) -> Any:
-        """(key, result) for the unit's passages, then its end; batches are really decoded."""
+        """(key, result) for the unit's passages, then its end; it decodes units of decoding."""
         if isinstance(unit, Decoding):
             yield from itertools.islice(unit.work(reader("words"), "scripted", None), self.rows)
             if self.end == "error" and self.rows < len(unit.keys()):
@@ -99,14 +102,14 @@ class Actor:
 
 
 def get(item: Any) -> Any:
-    """Ray's get: errors in a reference are raised."""
+    """A fake of Ray's `get`, which raises errors."""
     if isinstance(item, Exception):
         raise item
     return item
 
 
 def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
-    """Scripted actors; the dead are replaced by `spare()`."""
+    """A pool of scripted actors; `spare()` replaces one that died."""
     made = object.__new__(Workers)
     errors = SimpleNamespace(RayActorError=DiedError, RayTaskError=ZeroDivisionError)
     made.ray = SimpleNamespace(
@@ -124,7 +127,7 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
 
 
 def one_by_one(things: Iterable[StudyUnit]) -> Callable[[], StudyUnit | None]:
-    """Each unit when it is asked for, then None."""
+    """A function that returns the next unit at each call, then None."""
     left = iter(things)
     return lambda: next(left, None)
 
@@ -139,7 +142,7 @@ def units(n: int, size: int) -> list[StudyUnit]:
 
 @pytest.mark.parametrize("end", ["error", "silence"])
 @pytest.mark.parametrize("rows", [0, 1, 2])
-def test_a_dead_workers_passages_come_from_another(end: str, rows: int) -> None:
+def test_another_worker_takes_the_passages_of_a_dead_one(end: str, rows: int) -> None:
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
     with pytest.warns(SlowPathWarning, match=r"does what is left of its work; 1 of at most 6"):
@@ -149,7 +152,7 @@ def test_a_dead_workers_passages_come_from_another(end: str, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_worker_whose_gpu_fails_is_ended_and_replaced(rows: int) -> None:
-    """After such an error every call of its process to the GPU fails; the others go on."""
+    """After such an error every call of its process to the GPU fails; other workers continue."""
     healthy, broken, killed = Actor(99, "done"), Actor(rows, "fault"), []
     made = pool(healthy, broken, spare=lambda: healthy)
     made.ray.kill = killed.append
@@ -167,8 +170,8 @@ def test_another_error_of_a_worker_ends_the_run(end: str) -> None:
         list(made.stream(one_by_one(units(4, 3)), None))
 
 
-def test_units_of_gpus_fill_their_slots() -> None:
-    """So that no GPU computes steps of a few slots while passages wait."""
+def test_units_for_gpus_fill_their_slots() -> None:
+    """A unit for a GPU has at least as many passages as slots, if so many wait for each worker."""
     made = pool(*[Actor(99, "done")] * 8, spare=lambda: Actor(99, "done"))
     sizes = {}
     for made.gpu in (False, True):
@@ -183,15 +186,15 @@ def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
 
     def slowly() -> Any:
         for unit in units(6, 3):
-            made._replace(made.members[0])  # what a failed call to it does
+            made._replace(made.members[0])  # a failed call of the worker does the same
             yield unit
 
     numbers = [f.row.number for f in made.stream(one_by_one(slowly()), None)]
     assert sorted(numbers) == list(range(6))
 
 
-def test_more_workers_than_ray_has_places_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray would never place the last one, and its passages would wait for ever."""
+def test_more_workers_than_cpus_of_ray_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would never start the last one, and its passages would wait forever."""
     here = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0})
     monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: here)
     loading = Loading("pocket", None, "float32", None, {})
@@ -200,7 +203,7 @@ def test_more_workers_than_ray_has_places_for_are_refused(monkeypatch: pytest.Mo
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would all take the first GPU."""
+    """All of them would take the first GPU."""
     here = SimpleNamespace(cluster_resources=lambda: {"CPU": 64.0, "GPU": 2.0})
     monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: here)
     loading = Loading("pocket", None, "float32", None, {})
@@ -215,7 +218,8 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_workers_with_a_gpu_compute_on_it(
     gpus: int, asked: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose torch cannot use its GPU says so, instead of computing on the CPU."""
+    """The device is 'cuda', so a worker whose torch cannot use its GPU fails instead of computing
+    on the CPU."""
     hired: list[Any] = []
     actor = SimpleNamespace(remote=lambda *given: hired.append(given))
     here = SimpleNamespace(
@@ -230,13 +234,13 @@ def test_workers_with_a_gpu_compute_on_it(
 
 
 def test_workers_on_one_numbered_gpu_are_refused() -> None:
-    """Each of them would load the model there."""
+    """Each of them would load the model on that GPU."""
     with pytest.raises(MemvecError, match="cuda:1 is one GPU, and each worker has its own"):
         Workers(Loading("pocket", None, "float32", None, {}), workers=2, device="cuda:1")
 
 
 def test_a_worker_that_cannot_begin_ends_the_run_with_the_reason() -> None:
-    """Its successors could not begin, either: none is tried."""
+    """A replacement could not begin, either, so none is started."""
     hired = []
 
     def spare() -> Actor:
@@ -259,7 +263,7 @@ def test_workers_that_keep_dying_end_the_study() -> None:
 
 
 def test_the_horizon_of_all_workers_is_shown() -> None:
-    """The mean over the slots of those at work; who has left is not counted."""
+    """It is the mean over the slots of workers that have a unit; others are not counted."""
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(99, "done"), spare=lambda: healthy)
     seen: list[Progress] = []
@@ -268,7 +272,7 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     assert 5.0 in {p.horizon for p in seen}
     made = pool(Actor(99, "done"), Actor(99, "done"), spare=lambda: healthy)
     made.members[1].unit = units(4, 2)[0]
-    assert made._progress().horizon == 7.0  # the first has told of its last unit, and has none
+    assert made._progress().horizon == 7.0  # the first worker's report is of an earlier unit
     assert combined([]) is None
     both = [Progress(1, 0, 2.0, steps=5, tokens=50), Progress(3, 4, 6.0, steps=7, tokens=70)]
     assert combined(both) == Progress(4, 4, 5.0, steps=12, tokens=120)
@@ -279,15 +283,15 @@ def test_passages_that_share_a_vector_are_decoded_without_workers():
     options = {"layout": "one-step-shared", "tokens": 2, "recipe": recipe, "halve": False}
     lm = reader("words")
     mem = codec.cram(lm, ["the cat sat on the mat " * 12], **options)
-    workers = pool(spare=lambda: Actor(0, "done"))  # such an actor does no work
+    workers = pool(spare=lambda: Actor(0, "done"))  # this actor gives no results
     workers.gpu = False
     assert len(mem.passages) > 32
     decoded = decode_passages(mem.view(lm), mem, workers)
     assert decoded == mem.decode_passages(lm) == decode_passages(lm, mem)
 
 
-def test_workers_are_forced_as_the_caller_is(monkeypatch):
-    """Vectors of other weights: each worker decodes them as one process does."""
+def test_workers_decode_with_the_callers_force(monkeypatch):
+    """With `force`, workers decode vectors of other weights, as one process does."""
     lm, forced, plain = reader("words"), [], MemVectors.decode_passages
 
     def noted(mem, lm, force=False):
@@ -309,7 +313,8 @@ def test_workers_are_forced_as_the_caller_is(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
 def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end: str) -> None:
-    """A document's passages over two workers, one of which may die; halves come in between."""
+    """Two workers cram a document, and one of them may die. Halves of passages are pushed while the
+    crew runs."""
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
     crew = Crew(
@@ -337,7 +342,8 @@ def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end
 def test_workers_decode_what_one_process_decodes(
     rows: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the same batches, each once, also if a worker dies; other devices are not asked."""
+    """They decode the same batches, each once, also if a worker dies. Workers on another device
+    decode nothing, because their certificate would be of that device."""
     lm = reader("words")
     batches: list[int] = []
     plain = MemVectors.decode_passages
@@ -346,7 +352,7 @@ def test_workers_decode_what_one_process_decodes(
         batches.append(len(mem.passages))
         return plain(mem, lm, force=force)
 
-    recipe = Recipe(steps=20, if_not_exact="stop")  # what does not fit decodes wrong alike
+    recipe = Recipe(steps=20, if_not_exact="stop")  # passages that are not exact are compared, too
     mem = codec.cram(lm, ["the cat sat on the mat " * 25], vectors=2, tokens=2, recipe=recipe)
     expected = mem.decode_passages(lm)
     monkeypatch.setattr(MemVectors, "decode_passages", counted)
@@ -358,7 +364,7 @@ def test_workers_decode_what_one_process_decodes(
     assert sorted(batches) == sorted(each_once)
     batches.clear()
     made.members.clear()
-    made.gpu = True  # their certificate would be of another device
+    made.gpu = True  # another device than the caller's
     assert decode_passages(lm, mem, made) == expected
     shares: list[float] = []
     assert decode_passages(lm, mem, on_share=shares.append) == expected
@@ -367,8 +373,8 @@ def test_workers_decode_what_one_process_decodes(
 
 
 @pytest.mark.slow
-def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
-    """The command with Ray: the same passages as alone, exact, and the bytes come back."""
+def test_two_real_workers_cram_a_document_as_one_process_does(folder: Path, tmp_path: Path) -> None:
+    """The command with Ray crams the same passages as one process; they are exact."""
     pytest.importorskip("ray")
     text = "the lazy dog\r\n\té 👍\n\n" * 2
     (tmp_path / "a.txt").write_bytes(text.encode())
@@ -387,8 +393,9 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("layout", ["prefix", "one-step"])
-def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):
-    """Same vectors in the same storage, each under its own key, and what is left is left."""
+def test_a_workers_batch_has_the_vectors_of_one_engine(layout, storage):
+    """The vectors are equal in each storage format, under the passage's key. `without` leaves the
+    other passages."""
     lm, recipe = tiny(), replace(QUICK, steps=40)
     asked = tuple(
         Passage(p.ids, d, 5 * o)
@@ -409,11 +416,12 @@ def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):
 
 
 @pytest.mark.parametrize("end", ["error", "silence"])
-def test_a_unit_with_numbers_of_an_earlier_one_is_lost_to_no_death(end):
-    """Passages of each cell are numbered from 0: what arrived of one cell is none of the next."""
+def test_a_unit_with_the_same_numbers_as_an_earlier_one_loses_no_passage(end):
+    """The passages of each cell are numbered from 0, so results of one cell must not count as those
+    of the next."""
     (first,), (second,) = units(4, 4), units(4, 4)
     first = replace(first, passages=first.passages[2:])
-    # It gives two passages of each unit: all of the first, and half of the second.
+    # The first actor gives two passages of each unit: all of the first unit, half of the second.
     made = pool(Actor(2, end), spare=lambda: Actor(99, "done"))
     found = list(made.stream(one_by_one([first, second]), None))
     assert len(found) == 2 + 4
@@ -435,10 +443,12 @@ GPUS = {"CPU": 4.0, "GPU": 2.0}
         (GPUS, 3, "cpu", 3, False),
     ],
 )
-def test_workers_share_what_ray_has(resources, asked, device, count, gpu, monkeypatch):
-    """One for each GPU, else for each CPU; threads of the CPU are divided among them.
+def test_workers_get_a_gpu_or_a_cpu_and_a_share_of_the_threads(
+    resources, asked, device, count, gpu, monkeypatch
+):
+    """By default there is one for each GPU, else one for each CPU; they share the CPU's threads.
 
-    A worker that has a GPU computes on it or fails, and never on the CPU.
+    A worker with a GPU gets the device 'cuda', so it computes on the GPU or fails.
     """
     hired: list[SimpleNamespace] = []
 
@@ -476,7 +486,7 @@ def answering(answer: Any) -> Any:
 
 
 def test_a_call_asks_an_idle_worker_and_replaces_it_if_it_died():
-    """A busy one that died is left to the stream, which has its unit."""
+    """A busy worker that died is replaced by the stream, which knows its unit, not by the call."""
     made = pool(answering("busy"), answering("idle"), spare=lambda: answering("spare"))
     made.members[0].unit = units(1, 1)[0]
     assert made.call(str) == "idle"
@@ -491,8 +501,8 @@ def test_a_call_asks_an_idle_worker_and_replaces_it_if_it_died():
 
 
 @pytest.mark.parametrize("cause", [MemvecError("bad input"), ValueError("a fault"), None])
-def test_the_error_of_a_workers_function_is_that_of_the_call(cause):
-    """A sentence for the user is raised as it is; anything else keeps Ray's account of it."""
+def test_a_call_raises_the_error_of_the_function(cause):
+    """A MemvecError is raised as it is; any other error is raised as Ray's error."""
     error = ZeroDivisionError("Ray's account")  # RayTaskError in this pool
     error.cause = cause  # type: ignore[attr-defined]
     with pytest.raises((MemvecError, ZeroDivisionError)) as raised:
@@ -500,7 +510,7 @@ def test_the_error_of_a_workers_function_is_that_of_the_call(cause):
     assert raised.value is (cause if isinstance(cause, MemvecError) else error)
 
 
-def test_what_dead_workers_left_is_done_before_anything_new():
+def test_units_of_dead_workers_are_done_before_new_units():
     healthy = Actor(99, "done")
     made = pool(Actor(0, "error"), spare=lambda: healthy)
     found = [f.row.number for f in made.stream(one_by_one(units(9, 3)), None)]
@@ -510,7 +520,7 @@ def test_what_dead_workers_left_is_done_before_anything_new():
 def test_a_worker_reports_once_a_second_and_the_seconds_of_all_are_added(monkeypatch):
     reported: list[Any] = []
     board = SimpleNamespace(report=SimpleNamespace(remote=lambda *each: reported.append(each)))
-    clock = iter([10.0, 10.0, 10.5, 11.5, 11.5, 12.0])  # a report reads it twice
+    clock = iter([10.0, 10.0, 10.5, 11.5, 11.5, 12.0])  # sending a report reads it twice
     monkeypatch.setattr("memvec.workers.actor.time.monotonic", clock.__next__)
     worker = object.__new__(Worker)
     worker.name, worker.board, worker._last_report = "one", board, 0.0
@@ -522,7 +532,7 @@ def test_a_worker_reports_once_a_second_and_the_seconds_of_all_are_added(monkeyp
 
 
 def test_batches_of_a_result_are_decoded_once_and_put_in_order(monkeypatch):
-    """Whatever the order in which workers finish them, and also if a unit is continued twice."""
+    """This holds for every order in which workers finish them, and for a unit continued twice."""
     rows = property(lambda mem: list(getattr(mem, "rows", range(9))))
 
     def part(mem, first, end):
@@ -556,7 +566,7 @@ def test_batches_of_a_result_are_decoded_once_and_put_in_order(monkeypatch):
 
 
 def test_a_unit_of_a_crew_refills_the_slots_of_its_worker():
-    """At most four passages for each slot, and the longest first."""
+    """It has at most four passages for each slot, the longest first."""
     batch = Batch((), Recipe(), vectors=1, batch_size=3, storage="float32", layout="prefix")
     crew = Crew(pool(*[Actor(0, "done")] * 2, spare=lambda: Actor(0, "done")), batch)
     for n in range(100):
@@ -566,11 +576,11 @@ def test_a_unit_of_a_crew_refills_the_slots_of_its_worker():
     assert max(len(job.passage) for job in crew.waiting.jobs()) == 38
     for _ in range(70):
         crew.waiting.pop()
-    assert len(crew._next_batch().passages) == 2  # of six: the other worker gets some, too
+    assert len(crew._next_batch().passages) == 2  # of six, so that the other worker gets some
 
 
 def test_progress_is_asked_for_again_after_each_answer():
-    """The board's newest answer is shown; a board that died is not asked any more."""
+    """The newest answer of the board is shown; a board that died is asked no more."""
     made = pool(Actor(0, "error"), spare=lambda: Actor(0, "error"))
     made.members[0].unit = units(1, 1)[0]
     answers: list[Any] = [{"ray-0": Progress(1, 0, 2.0, steps=i, tokens=i)} for i in (3, 4)]
@@ -581,7 +591,7 @@ def test_progress_is_asked_for_again_after_each_answer():
     assert (made.board, made._progress()) == (None, None)
 
 
-def test_a_worker_loads_the_model_as_it_was_asked(monkeypatch):
+def test_a_worker_loads_the_model_with_all_settings(monkeypatch):
     asked: list[Any] = []
 
     def load(*arguments, **options):
@@ -596,7 +606,7 @@ def test_a_worker_loads_the_model_as_it_was_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_a_run_ends_with_the_death_after_three_for_each_worker(count):
+def test_a_run_ends_after_more_than_three_deaths_for_each_worker(count):
     hired = []
 
     def spare():
