@@ -1,4 +1,4 @@
-"""The benchmarks' parts that could be wrong without looking it; none is run at size here."""
+"""The benchmarks: their options, errors, formulas, fairness and measures, at small sizes."""
 
 import itertools
 import runpy
@@ -39,7 +39,7 @@ def benchmarks_on_the_path(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, capsys):
+def test_the_help_of_each_benchmark_has_the_common_options(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
@@ -63,7 +63,9 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
         ("usable", ["--corpus", "nowhere.parquet"], "is not a parquet file of texts"),
     ],
 )
-def test_what_is_refused_is_one_sentence(name, words, sentence, monkeypatch, capsys, tmp_path):
+def test_errors_of_benchmarks_are_one_sentence(
+    name, words, sentence, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
@@ -94,7 +96,7 @@ def test_a_figure_that_is_not_a_number_is_valid_json_and_not_in_result(capsys, t
 
 @pytest.mark.slow
 def test_synthetic_rows_are_stored_and_reported():
-    program = runpy.run_path(str(FOLDER / "studies.py"))  # tests have a module of this name
+    program = runpy.run_path(str(FOLDER / "studies.py"))  # `import studies` gives tests/studies.py
     row = program["measure"](8)
     assert (row["rows"], row["cells"]) == (8, 4)
     assert row["page_kB"] > 0
@@ -121,7 +123,7 @@ def test_no_name_or_figure_of_a_table_is_cut_off(capsys, tmp_path):
     assert printed.count("123.4") == len(row)
 
 
-def test_a_comparison_of_hashes_needs_a_file(monkeypatch, capsys):
+def test_same_vectors_without_a_file_names_write(monkeypatch, capsys):
     import same_vectors
 
     for words in ([], ["--against", "nowhere.json"]):
@@ -132,8 +134,8 @@ def test_a_comparison_of_hashes_needs_a_file(monkeypatch, capsys):
         assert "--write" in capsys.readouterr().err
 
 
-def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
-    """Counted by torch itself on the way there; the way back to the input has as many products."""
+def test_operations_of_a_step_are_those_of_torch_and_time_has_shares(monkeypatch):
+    """torch counts the forward pass; the backward pass to the inputs has as many products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from gpu import left_out, shares, step_operations
@@ -145,7 +147,7 @@ def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lm.model(inputs_embeds=inputs, use_cache=False)
     counted = counter.get_total_flops()
-    # Attention is counted whole by torch, causal here, and its way back has twice as many products.
+    # torch counts attention as not causal, memvec as causal with twice as many products backward.
     whole = 4 * T * T * slots * lm.width * lm.config.num_hidden_layers
     ours = step_operations(lm, slots, T) - 3 * whole / 2
     assert ours / 2 == pytest.approx(counted - whole, rel=0.02)
@@ -160,8 +162,8 @@ def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_row_of_the_gpu_benchmark_has_replayed_steps_beside_the_others(monkeypatch):
-    """On a CPU, through the recorder: times mean nothing here, only that both are measured."""
+def test_a_row_of_the_gpu_benchmark_has_steps_with_and_without_graphs(monkeypatch):
+    """The recorder replaces CUDA graphs on a CPU, so both times are measured and mean nothing."""
     from gpu import captured, cell
     from memvec import graphs
     from recorder import Recorder
@@ -196,7 +198,7 @@ def test_the_search_finds_the_longest_length_and_ends(longest):
 
 @pytest.mark.slow
 def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
-    """For a growing recipe; one passage at a time, because another batch rounds differently."""
+    """For a growing recipe and one passage, because a batch of another shape rounds differently."""
     from at_costs import growing
 
     lm, recipe, costs = tiny(), Recipe(steps=10**6, patience=10**6), [60, 240]
@@ -210,11 +212,11 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
     for cost, horizon in zip(costs, found, strict=True):
         engine = Engine(lm, Recipe(steps=10**6, patience=10**6, budget=cost), batch_size=1)
         (outcome,) = engine.run([passage])
-        # The run may take the step that goes past its budget, the benchmark may not.
+        # A run may make the step that exceeds its budget; the benchmark does not count that step.
         assert horizon <= outcome.metrics.horizon
 
 
-def test_what_ends_a_stage_is_paid_for_once_a_token_or_once_a_target():
+def test_a_stage_ends_at_each_token_or_at_each_target():
     from at_costs import _stages_done
 
     assert _stages_done(3, 6, None) == [4, 5, 6]
@@ -225,8 +227,9 @@ def test_what_ends_a_stage_is_paid_for_once_a_token_or_once_a_target():
 
 
 @pytest.mark.slow
-def test_every_published_arm_runs_and_pays_for_its_stages():
-    """Doubling targets end fewer stages than single tokens, and alignment reads the text too."""
+def test_every_published_arm_runs_at_each_cost():
+    """Every arm has horizons of at most 8 tokens that grow with the cost. Those of `geometric` are
+    not longer if the ends of stages are paid for."""
     from at_costs import growing
     from horizon import published
 
@@ -261,7 +264,7 @@ def test_the_same_words_from_a_file_are_the_same_passages(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_papers_horizon_is_paid_for_by_its_search():
+def test_horizons_of_the_paper_recipe_grow_with_the_cost():
     from at_costs import fixed
 
     lm, recipe = tiny(), Recipe.of("paper", lr=0.1)
@@ -290,19 +293,19 @@ def test_ratios_and_intervals():
     assert 4 <= found["low"] < 5 < found["high"] <= 6
 
 
-def test_peak_memory_is_what_the_work_held_at_once():
+def test_peak_memory_is_that_of_tensors_held_at_once():
     from memory import peak_memory
 
     def hold():
         return torch.ones(32, 2**20).sum()  # 128 MiB
 
-    found = [peak_memory(hold), peak_memory(hold)]  # again: the allocator has kept what it freed
+    found = [peak_memory(hold), peak_memory(hold)]  # twice, as the allocator keeps freed memory
     for peak in found:
         assert 120 * 2**20 < peak < 170 * 2**20
 
 
-def test_the_least_ratio_over_the_budgets_is_reported_and_its_budget_named():
-    """A lead at the last budget does not hide a smaller one before it; rates are chosen anew."""
+def test_the_smallest_ratio_over_the_budgets_is_reported_with_its_budget():
+    """A ratio is the smallest over the budgets, each with the best rate of the published recipe."""
     from horizon import budget_rows, compare, long_rows
 
     found = {
@@ -329,7 +332,7 @@ def test_the_least_ratio_over_the_budgets_is_reported_and_its_budget_named():
     assert [label for label, start in starts.items() if start == "encoder"] == ["default, encoder"]
 
 
-def test_every_published_recipe_runs_at_each_rate_of_the_sweep():
+def test_there_is_a_published_recipe_for_each_rate_of_the_sweep():
     from horizon import SWEEP, published
 
     recipes = published(SWEEP, margin=0.0, layers=12)
@@ -356,7 +359,8 @@ def test_a_published_run_is_read_at_smaller_step_limits():
     def at(ratio, finished):
         return {"finished": finished, "n": 16, "noise": (ratio, ratio, ratio)}
 
-    # One passage of sixteen is no rate; and the least of the models counts, not the largest.
+    # For ratio_hard, a length with one finished passage of sixteen does not count. The smallest
+    # ratio of the models counts.
     result = result_of({"a": [at(5.0, 16), at(30.0, 4), at(900.0, 1)], "b": [at(12.0, 2)]})
     assert (result["ratio"], result["ratio_hard"], result["ratio_hard_finished"]) == (5, 12, 2)
 
@@ -399,7 +403,7 @@ class MyTrainingArguments:
 """
 
 
-def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(tmp_path, capsys):
+def test_the_published_programs_get_the_ids_and_model_and_leave_nothing_behind(tmp_path, capsys):
     from peers_programs import by_progressive, by_seed
 
     (tmp_path / "train.py").write_text(SEED_PROGRAM)
@@ -427,8 +431,8 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_usable_vectors_are_measured_as_they_were_crammed(monkeypatch, parts):
-    """After their front and their trigger, those of several passages one after the other: KL by
-    the slow path, which knows neither engine."""
+    """The benchmark's KL is that of a slow computation with the recipe's front, for one passage and
+    for the vectors of two passages in a row."""
     from types import SimpleNamespace
 
     import usable
@@ -469,8 +473,8 @@ def test_usable_vectors_are_measured_as_they_were_crammed(monkeypatch, parts):
 
 
 @pytest.mark.slow
-def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch):
-    """Of some texts, then of all, then of all again, from the folder alone."""
+def test_usable_measures_in_the_folder_are_not_made_again(tmp_path, monkeypatch):
+    """The folder has those of one text, then of both; then all come from the folder."""
     from types import SimpleNamespace
 
     import usable
@@ -484,7 +488,7 @@ def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch)
     _, second = usable.setting(lm, texts[1:], 4, 2, options)
     assert len(list(tmp_path.iterdir())) == 1
     _, both = usable.setting(lm, texts, 4, 2, options)
-    monkeypatch.setattr(usable, "measures", None)  # whatever is made now fails
+    monkeypatch.setattr(usable, "measures", None)  # a new measurement would raise
     assert usable.setting(lm, texts, 4, 2, options)[1] == both
     assert usable.setting(lm, texts[1:], 4, 2, options)[1] == second
     options.recipe = Recipe.of("usable", settle=61, decay=60, query_tokens=4, query_count=2)
@@ -493,8 +497,8 @@ def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_passages_of_the_prose_are_apart_while_they_fit(capsys):
-    """Only those that collide are drawn again; where they do not fit, their number is said."""
+def test_passages_of_the_prose_do_not_overlap_if_they_fit(capsys):
+    """Only passages that overlap are drawn again. If they do not fit, a warning counts them."""
     import random
 
     from memvec.errors import MemvecError
@@ -525,8 +529,8 @@ def test_passages_of_the_prose_are_apart_while_they_fit(capsys):
 
 
 @pytest.mark.slow
-def test_passages_of_a_corpus_are_whole_and_apart(tmp_path):
-    """A text that is short gives no short passage, and one that is drawn twice no passage twice."""
+def test_passages_of_a_corpus_have_full_length_and_do_not_overlap(tmp_path):
+    """No passage is cut short by a short text, and none comes twice from one text."""
     import pandas as pd
 
     from memvec.errors import MemvecError
@@ -549,8 +553,8 @@ def test_passages_of_a_corpus_are_whole_and_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_bits_compares_prices_of_the_same_passages():
-    """The compressors of RESULT are those of the cheapest mix's passages."""
+def test_bits_compares_storage_formats_and_compressors_on_the_same_passages():
+    """RESULT has the compressors' figures for the same passages as the cheapest mix."""
     from bits import measured, result_of
     from memvec.loading import load_lm
     from texts import passages_of
@@ -573,7 +577,7 @@ def test_bits_compares_prices_of_the_same_passages():
 
 
 def test_horizons_of_the_published_programs_are_of_whole_passages(monkeypatch):
-    """As ours are: what decodes beyond the number that a program counts as reached counts, too."""
+    """As for memvec, right tokens beyond those that a program counts as reached count, too."""
     from types import SimpleNamespace
 
     import peers
@@ -594,8 +598,9 @@ def test_horizons_of_the_published_programs_are_of_whole_passages(monkeypatch):
     assert all(row.horizon == [8, 8] and row.reached == [2, 2] for row in rows)
 
 
-def test_the_paper_s_side_keeps_the_vectors_that_it_measured(monkeypatch):
-    """Not those of a step later: of a text that the model writes after the first ones, these."""
+def test_the_published_loop_keeps_the_vectors_that_it_measured(monkeypatch):
+    """The first vectors decode to the text here, so the trial must keep them, and not those of one
+    step later."""
     import exact
     from memvec.decoding import decode_ids
 
@@ -613,7 +618,7 @@ def test_the_paper_s_side_keeps_the_vectors_that_it_measured(monkeypatch):
     assert torch.equal(kept[0], vectors[None])
 
 
-def test_our_seconds_are_those_that_passed_and_theirs_of_their_best_rate(monkeypatch):
+def test_seconds_are_wall_time_and_those_of_the_paper_at_its_best_rate(monkeypatch):
     from types import SimpleNamespace
 
     import exact
@@ -634,7 +639,7 @@ def test_our_seconds_are_those_that_passed_and_theirs_of_their_best_rate(monkeyp
     assert [row["lr"] for row in rows if row["side"] == "paper, best"] == [0.1]
 
 
-def test_ours_has_no_smaller_margin_and_pays_for_no_stage(monkeypatch):
+def test_the_default_recipe_has_at_least_its_margin_and_pays_for_no_stage(monkeypatch):
     import horizon
 
     lm, paid = tiny(), {}
@@ -653,7 +658,7 @@ def test_ours_has_no_smaller_margin_and_pays_for_no_stage(monkeypatch):
     assert paid == {recipes[horizon.OURS].lr: False, 0.5: True}
 
 
-def test_intervals_that_overlap_are_not_apart():
+def test_overlapping_intervals_are_not_reported_as_apart():
     from horizon import budget_rows, compare
 
     found = {"default, noise": [[4], [9]], "margin, lr 0.5": [[2], [5]]}
@@ -662,7 +667,7 @@ def test_intervals_that_overlap_are_not_apart():
     assert compare(rows)["apart"] == 0
 
 
-def test_corrections_after_the_horizon_cost_and_hold_nothing(monkeypatch):
+def test_corrections_after_the_horizon_are_not_counted(monkeypatch):
     from types import SimpleNamespace
 
     import bits
@@ -683,7 +688,7 @@ def test_corrections_after_the_horizon_cost_and_hold_nothing(monkeypatch):
 
 @pytest.fixture
 def result(monkeypatch, tmp_path):
-    """Runs the main of a module with a command line; returns the numbers of its RESULT."""
+    """A function that runs the main of a module with options and returns its RESULT's numbers."""
 
     def run(module, *words):
         shown = {}
@@ -695,7 +700,7 @@ def result(monkeypatch, tmp_path):
     return run
 
 
-def test_a_ratio_has_the_other_recipe_above_and_is_of_the_greatest_length(result, monkeypatch):
+def test_a_ratio_is_changed_over_default_at_the_largest_length(result, monkeypatch):
     from types import SimpleNamespace
 
     import recipes
@@ -711,7 +716,7 @@ def test_a_ratio_has_the_other_recipe_above_and_is_of_the_greatest_length(result
     assert result(recipes, *words)["ratio"] == 0.5
 
 
-def test_more_vectors_are_over_one_and_many_slots_over_one(result, monkeypatch):
+def test_ratios_are_relative_to_one_vector_and_to_one_slot(result, monkeypatch):
     import batch
     import vectors
 
@@ -727,7 +732,7 @@ def test_more_vectors_are_over_one_and_many_slots_over_one(result, monkeypatch):
     assert result(batch, "--passages", "4", "--rounds", "1")["ratio"] == 4
 
 
-def test_ours_is_over_the_best_row_of_each_program():
+def test_ratios_are_relative_to_the_best_row_of_each_program():
     from exact import Trial
     from peers import Row, result_of
 
@@ -742,8 +747,8 @@ def test_ours_is_over_the_best_row_of_each_program():
     assert (result["ratio_horizon"], result["time_horizon"]) == (2, 2)
 
 
-def test_a_step_that_goes_past_a_cost_was_not_paid_for_there():
-    """What the first vectors give back by chance is measured by the first step."""
+def test_a_step_that_exceeds_a_cost_does_not_count_there():
+    """Tokens that the first vectors give back by chance are measured by the first step."""
     from at_costs import growing
 
     asked = [type(p)(p.ids, i) for i, p in enumerate(passages(*[2] * 64, seed=38))]
@@ -753,8 +758,8 @@ def test_a_step_that_goes_past_a_cost_was_not_paid_for_there():
     assert any(paid)
 
 
-def test_every_attempt_of_a_search_is_paid_for(monkeypatch):
-    """Ten tokens each: 2 and 4 come back, 8 and 6 do not, 5 does."""
+def test_every_attempt_of_a_search_counts_as_cost(monkeypatch):
+    """Each attempt costs 10 tokens. Lengths 2 and 4 are exact, 8 and 6 are not, 5 is."""
     from types import SimpleNamespace
 
     import at_costs
