@@ -134,7 +134,7 @@ def test_same_vectors_without_a_file_names_write(monkeypatch, capsys):
         assert "--write" in capsys.readouterr().err
 
 
-def test_operations_of_a_step_are_those_of_torch_and_time_has_shares(monkeypatch):
+def test_operations_of_a_step_are_those_that_torch_counts(monkeypatch):
     """torch counts the forward pass; the backward pass to the inputs has as many products."""
     from torch.utils.flop_counter import FlopCounterMode
 
