@@ -931,20 +931,27 @@ def test_bad_options_of_cram_are_refused_in_one_sentence(
 
 
 @pytest.mark.slow
-def test_other_questions_under_the_same_file_name_give_other_vectors(
+def test_a_run_with_other_questions_does_not_continue_an_interrupted_one(
     folder, tmp_path, command, monkeypatch
 ):
-    """Passages in the journal of an interrupted run are taken for the same questions only."""
+    """The passages in the journal of a run are not taken if the file has other questions."""
     monkeypatch.setattr(certificate, "TOKENS", 4)
     text, file, questions = tmp_path / "a.txt", tmp_path / "a.mem", tmp_path / "q.txt"
     text.write_text("the cat sat")
     quick = ["--set", "settle=5", "--set", "decay=5", "--set", "query_tokens=6", "--vectors", 4]
     words = ["cram", text, "-m", folder, "-o", file, "--usable", "--queries", questions, *quick]
     found = []
+
+    def interrupt(mem, *_, **__):
+        found.append(mem.vectors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MemVectors, "save", interrupt)
     for question in ("the\n", "sat\n"):
         questions.write_text(question)
-        assert command(*words, "--force").code == 0
-        found.append(MemVectors.load(file).vectors)
+        ran = command(*words)
+        assert ran.code == 130
+        assert "1 finished passage is kept" in ran.err
     assert not torch.equal(*found)
 
 
