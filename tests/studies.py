@@ -104,7 +104,7 @@ SENTENCES = "The quick brown fox jumps over the lazy dog. A cat sat on the mat a
 
 
 def spec_in(folder: Path, text: str = EVERYTHING) -> Spec:
-    """A spec whose book lies in `folder`."""
+    """A spec whose book is in `folder`."""
     (folder / "book.txt").write_text(SENTENCES * 30, "utf-8")
     return parse_spec(text, "test")
 

@@ -476,8 +476,8 @@ def test_numbers_that_are_not_finite_do_not_affect_other_slots(monkeypatch, fami
             found.setdefault(outcome.passage, outcome) for outcome in run(asked)
         )
         beside = paths(engine, asked)
-        sick = found.pop(asked[slot])
-        assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)
+        failed = found.pop(asked[slot])
+        assert (failed.status, failed.exact, failed.steps) == ("not-finite", False, 0)
         assert {(o.status, o.steps) for o in found.values()} == {("budget", recipe.steps)}
         assert len(found) == 2
         for passage in found:
@@ -492,19 +492,19 @@ def test_a_passage_that_does_not_decode_is_crammed_on_with_a_larger_margin(
     monkeypatch, margin, raised, unit
 ):
     """The new margin is twice the old one, and at least 0.05 of the spread of the logits."""
-    lm, (passage,), lies = tiny(), passages(3, seed=15), []
+    lm, (passage,), decoded_wrong = tiny(), passages(3, seed=15), []
 
-    def lying(*arguments, **options):
+    def wrong_at_first(*arguments, **options):
         decoded = decode_ids(*arguments, **options)
-        if not lies:
-            lies.append([(token + 1) % V for token in decoded[0]])
-            return lies
+        if not decoded_wrong:
+            decoded_wrong.append([(token + 1) % V for token in decoded[0]])
+            return decoded_wrong
         return decoded
 
-    monkeypatch.setattr(certify_module, "decode_ids", lying)
+    monkeypatch.setattr(certify_module, "decode_ids", wrong_at_first)
     recipe = replace(QUICK, margin=margin, unit=unit)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
-    assert lies
+    assert decoded_wrong
     raised *= lm.logit_spread if unit == "spread" or raised == 0.05 else 1
     assert outcome.exact
     assert outcome.margin_asked == pytest.approx(raised)
@@ -725,10 +725,11 @@ def test_vectors_that_are_not_finite_are_never_exact(rule, number):
     passage must not count as exact."""
     lm, zeros = tiny(), torch.zeros(1, 2, tiny().width)
     passage = Passage(tuple(decode_ids(lm, zeros, [5], start=rule)[0]))
-    sick = zeros[0].clone()
-    sick[1, 3] = number
+    failed = zeros[0].clone()
+    failed[1, 3] = number
     finished = [
-        Finished(passage, v, "budget", 0.0, steps=1, spent=1, seconds=0.0) for v in (zeros[0], sick)
+        Finished(passage, v, "budget", 0.0, steps=1, spent=1, seconds=0.0)
+        for v in (zeros[0], failed)
     ]
     sound, spoilt = certify(lm, finished, rule, storage_of("float32"))
     assert (sound.exact, spoilt.exact) == (True, False)

@@ -893,13 +893,13 @@ def test_vectors_of_a_study_are_files_that_decode_as_its_rows_say(
     lm = reader()
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: lm)
     vectors(done / "out", tmp_path / "files")
-    told = "".join(capsys.readouterr())
+    output = "".join(capsys.readouterr())
     rows = everything(done / "out")
     paths = list((tmp_path / "files").iterdir())
     files = {path.name.split(".")[0]: MemVectors.load(path) for path in paths}
     assert {cell for cell, _ in rows} == set(files)
-    assert f"has {len(files)} files" in told
-    assert "left out" not in told
+    assert f"has {len(files)} files" in output
+    assert "left out" not in output
     with Store(done / "out") as store:
         for (cell, number), row in rows.items():
             mem = files[cell]
