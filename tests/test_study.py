@@ -203,7 +203,7 @@ def test_priced_tokens_are_limited_by_budget_and_steps() -> None:
 
 
 def test_a_forward_backward_token_costs_four_operations_a_parameter() -> None:
-    """So 3600 tokens take an hour at four operations a parameter and second."""
+    """A device of four operations per parameter and second takes an hour for 3600 tokens."""
     facts = facts_of_name("pocket")
     assert hours(facts, 3600.0, 4.0 * facts.parameters) == pytest.approx(1)
 
