@@ -154,7 +154,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(monkeypatch):
     a = torch.randn(256, 256)
     outside, launch = shares(lambda: a @ a, a.device)
     assert launch is None
-    assert outside < 0.3
+    assert outside < 1  # the product counts as one
     assert shares(lambda: (a + 1).exp(), a.device)[0] == 1
     assert left_out(lm, 1, 10_000, 1e30) == f"its context is {lm.context}"
     assert left_out(lm, 1, 4, 1.0) == "a step takes too long"

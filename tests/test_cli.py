@@ -470,7 +470,6 @@ def test_a_temperature_or_top_p_turns_sampling_on(given, samples):
     assert generation_settings(5, *given)["do_sample"] is samples
 
 
-@pytest.mark.slow
 def test_a_file_that_appears_while_cramming_is_not_overwritten(
     command, folder, letter, monkeypatch
 ):

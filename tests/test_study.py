@@ -598,17 +598,32 @@ def test_a_tie_after_the_first_error_does_not_allow_another_horizon() -> None:
     nothing: dict[str, Any] = {"steps": (0, 0), "spent": (0, 0), "margins": (), "ties": 3}
     nothing |= {"lm_ties": 3, "passage": object.__new__(SlowPassage)}
 
-    def allowed(margins: Any) -> dict[str, float | int]:
+    def slow(margins: Any) -> Slow:
         columns = {"predicted": 6, "horizon": 3}
-        return check_module._allowed(
-            Slow(columns=columns, positions=np.stack([margins] * 4), **nothing), "bfloat16"
-        )
+        return Slow(columns=columns, positions=np.stack([margins] * 4), **nothing)
 
-    for stored, ok in [(1, True), (3, True), (0, False), (6, False)]:
-        assert (abs(stored - 3) <= allowed(margins)["horizon"]) == ok
-    assert allowed(margins)["exact"] == 0
-    assert allowed(np.abs(margins))["exact"] == 1
-    assert allowed(margins + 0.3 * (margins > 0))["horizon"] == 0
+    assert check_module._horizons(slow(margins), "bfloat16") == (1, 3)
+    assert check_module._horizons(slow(margins + 0.3 * (margins > 0)), "bfloat16") == (3, 3)
+    assert check_module._allowed(slow(margins), "bfloat16")["exact"] == 0
+    assert check_module._allowed(slow(np.abs(margins)), "bfloat16")["exact"] == 1
+
+
+@pytest.mark.parametrize("horizon", range(-1, 8))
+def test_the_check_accepts_the_horizons_that_ties_allow_and_no_others(
+    horizon: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A symmetric tolerance would accept 4 and 5, after a token that is wrong without a tie."""
+    margins = np.array([2.0, 0.1, 3.0, -4.0, 0.2, -0.1])
+    columns = {"predicted": 6, "horizon": 3, "passage": "a", "start_rule": "bos"}
+    options: dict[str, Any] = {"steps": (0, 0), "spent": (0, 0), "margins": (), "ties": 3}
+    options |= {"lm_ties": 3, "passage": object.__new__(SlowPassage)}
+    slow = Slow(columns=columns, positions=np.stack([margins] * 4), **options)
+    monkeypatch.setattr(check_module, "_costs", lambda *_: [])
+    allowed = check_module._allowed(slow, "bfloat16")
+    monkeypatch.setattr(check_module, "_allowed", lambda *_: {"horizon": allowed["horizon"]})
+    row = columns | {"horizon": horizon, "exact": int(horizon == 6)}
+    wrong = check_module._compare(row, slow, "bfloat16", {})
+    assert (wrong == []) == (1 <= horizon <= 3)
 
 
 def test_the_check_notices_falsified_tensors_texts_lines_and_cells(

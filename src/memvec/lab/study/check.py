@@ -173,13 +173,15 @@ def _check_row(
 def _compare(row: dict[str, Any], slow: Slow, dtype: str, worst: dict[str, float]) -> list[str]:
     """Sentences about columns that disagree."""
     n, wrong = int(slow.columns["predicted"]), []
+    low, high = _horizons(slow, dtype)
     for name, limit in _allowed(slow, dtype).items():
         stored = row[name]
         gap = abs(float(stored) - float(slow.columns[name])) if stored is not None else math.inf
         if math.isfinite(gap):
             worst[name] = max(worst.get(name, 0.0), gap)
-        # Whatever ties do, a horizon lies within the passage and a whole one is exact.
-        possible = name != "horizon" or (0 <= stored <= n and (stored == n) == bool(row["exact"]))
+        # Whatever ties do, a horizon lies within these and a whole one is exact.
+        whole_is_exact = (row["horizon"] == n) == bool(row["exact"])
+        possible = name != "horizon" or (low <= stored <= high and whole_is_exact)
         if not gap <= limit or not possible:
             wrong.append(_differs(name, stored, slow.columns[name]))
     for name in ("passage", "start_rule"):
@@ -193,11 +195,7 @@ def _allowed(slow: Slow, dtype: str) -> dict[str, float | int]:
     ties, lm_ties = slow.ties, slow.lm_ties
     n = int(slow.columns["predicted"])
     loose = BITS[dtype] * n
-    # Until its first error, free decoding is teacher forcing: a flipped tie ends it, or the first
-    # token that no tie explains.
-    margins = slow.positions[2]
-    first, last = (int(np.argmax([*(margins < m), True])) for m in (TIE[dtype], -TIE[dtype]))
-    horizon = int(slow.columns["horizon"])
+    low, high = _horizons(slow, dtype)
     return {
         "tokens": 0,
         "predicted": 0,
@@ -210,9 +208,20 @@ def _allowed(slow: Slow, dtype: str) -> dict[str, float | int]:
         "token_gain": ties + lm_ties,
         "lm_right": lm_ties,
         "horizon_token_gain": ties + lm_ties,
-        "horizon": max(horizon - first, last - horizon, 0),
-        "exact": int(first < last == n),
+        "horizon": high - low,
+        "exact": int(low < high == n),
     }
+
+
+def _horizons(slow: Slow, dtype: str) -> tuple[int, int]:
+    """The smallest and the largest horizon that ties allow.
+
+    Until its first error, free decoding is teacher forcing: a flipped tie ends it, or the first
+    token that no tie explains.
+    """
+    margins, horizon = slow.positions[2], int(slow.columns["horizon"])
+    first, last = (int(np.argmax([*(margins < m), True])) for m in (TIE[dtype], -TIE[dtype]))
+    return min(first, horizon), max(last, horizon)
 
 
 def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
