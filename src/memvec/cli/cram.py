@@ -193,8 +193,8 @@ class _Request:
         from memvec.cramming.starts import encoder_of
         from memvec.lab.seeds import refuse_idle_seed
 
-        without = "whatever the seed: leave it out, or add --start noise."
-        refuse_idle_seed(lm.read_as(self.layout), self.recipe, without)
+        advice = "so leave --seed out, or add --start noise."
+        refuse_idle_seed(lm.read_as(self.layout), self.recipe, advice)
         file, encoder = self.choice.encoder, encoder_of(lm, self.recipe)
         if file is None:
             return

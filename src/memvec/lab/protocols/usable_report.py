@@ -240,11 +240,7 @@ def _spans(data: Data, groups: list[Group]) -> Table:
 
 def _recipe(data: Data, group: Group) -> dict[str, Any]:
     """The recipe of a group's rows, whose cells differ only in the seed."""
-    (settings,) = data.store.db.execute(
-        "SELECT settings FROM cells WHERE cell=?", (str(group.rows["cell"].iloc[0]),)
-    ).fetchone()
-    recipe: dict[str, Any] = json.loads(settings)["recipe"]
-    return recipe
+    return data.recipe_of(str(group.rows["cell"].iloc[0]))
 
 
 def rise(entries: list[dict[str, list[float]]], name: str) -> Interval:

@@ -78,11 +78,13 @@ class Table:
         """A table in LaTeX, for the package booktabs; columns of numbers end at the right."""
         columns = [_tex(name) for name in self.columns]
         rows = [
-            [_tex(show(c).replace("-", "−") if _number(c) else show(c)) for c in row]
+            [_tex(show(c).replace("-", "−") if _is_number(c) else show(c)) for c in row]
             for row in self.rows
         ]
         frame = pd.DataFrame(rows, columns=columns, dtype=object)
-        sides = ["r" if all(_number(r[i]) for r in self.rows) else "l" for i in range(len(columns))]
+        sides = [
+            "r" if all(_is_number(r[i]) for r in self.rows) else "l" for i in range(len(columns))
+        ]
         text = frame.to_latex(
             index=False,
             escape=False,  # pandas leaves the caption and signs such as ± as they are
@@ -133,7 +135,7 @@ def mean_and_sd(pair: tuple[float, float | None] | None) -> str | None:
     return f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
 
 
-def _number(cell: TableCell) -> bool:
+def _is_number(cell: TableCell) -> bool:
     """True for a number, and for what is missing."""
     return cell is None or isinstance(cell, Real)
 

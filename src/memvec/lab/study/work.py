@@ -38,8 +38,8 @@ def find_passages(
     as the source, and for a seed other than 0 on which nothing depends.
     """
     recipe = cell.to_recipe()
-    same = "so all restarts are the same one. Write start = 'noise' in the run's recipe."
-    refuse_idle_seed(lm, recipe, same)
+    advice = "so all restarts are the same one. Write start = 'noise' in the run's recipe."
+    refuse_idle_seed(lm, recipe, advice)
     start = resolve_start_rule(lm, recipe)
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
     shortest = 1 + (start == "first-token") + source.bos
