@@ -75,7 +75,8 @@ RECIPES = {
 def test_replayed_steps_equal_computed_steps(family, K, name):
     """They are equal bit for bit at the same shapes, while passages of other lengths get slots."""
     lm, asked, recipe = tiny(family), passages(*LENGTHS, seed=3), RECIPES[name]
-    options = {"vectors": K, "batch_size": 2, "fixed_shapes": True, "storage": "bfloat16"}
+    sizes = {"vectors": K, "batch_size": 2, "storage": "bfloat16"}
+    options = {**sizes, "fixed_shapes": True, "poll": 4}  # passages get the same slots in both
     replayed = Engine(lm, recipe, graphs=True, **options)
     shapes = watched(replayed)
     assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
@@ -142,7 +143,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
     raises; without the check, the outcomes differ."""
     lm, asked = tiny(), passages(*LENGTHS, seed=3)
     recipe = replace(ENDLESS, stuck_after=2, margin=0.1)
-    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
+    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2, "poll": 4}
     whole = outcomes(Engine(lm, recipe, **options), asked)
     capture = graphs.Graphs._capture
 
@@ -349,7 +350,7 @@ def test_other_forward_passes_are_replayed(name):
         lm = with_trigger(lm, CrammedTrigger(torch.ones(3, lm.width)))
     else:
         lm._body, lm._head = None, lambda states: states
-    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
+    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2, "poll": 4}
     recipe = replace(ENDLESS, start_rule="bos") if name == "soft tokens" else ENDLESS
     replayed = Engine(lm, recipe, graphs=True, **options)
     assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
