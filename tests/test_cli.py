@@ -117,15 +117,19 @@ def test_wrong_loading_options_are_refused(command, folder, letter, option):
     assert "--load" in ran.err
 
 
+def test_graphs_are_refused_on_a_cpu(command, folder, letter):
+    ran = command("cram", letter, "-m", folder, "--load", "graphs")
+    assert ran.code == 2
+    assert "graphs cannot be used: they are CUDA graphs, and" in ran.err
+
+
 def test_loading_options_are_parsed():
     assert loading_options(None) == {}
     given = ["checkpointing=false", "offload", "quantize=4bit", "device_map=auto"]
     expected = {"checkpointing": False, "offload": True, "quantize": "4bit", "device_map": "auto"}
     assert loading_options(given) == expected
-    assert loading_options(["checkpointing=true", "offload=false"]) == {
-        "checkpointing": True,
-        "offload": False,
-    }
+    given = ["checkpointing=true", "offload=false", "graphs"]
+    assert loading_options(given) == {"checkpointing": True, "offload": False, "graphs": True}
 
 
 @pytest.mark.parametrize(

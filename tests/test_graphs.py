@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 
 from conftest import QUICK, build, passages, tiny
-from memvec import graphs, metrics
+from memvec import cram, graphs, load_lm, metrics
 from memvec.companions.around import CrammedTrigger, with_trigger
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
@@ -24,6 +24,7 @@ from memvec.errors import MemvecError
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.results import Score
+from memvec.usable.trigger_training import TriggerPlan, train_trigger
 from recorder import NoWaiting, Recorder
 
 ENDLESS = Recipe(steps=12, margin=1000.0)  # no passage reaches the margin before the last step
@@ -336,6 +337,28 @@ def test_steps_of_other_recipes_and_models_are_replayed(family, recipe):
     replayed = Engine(lm, recipe, graphs=True, **options)
     assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
     assert Recorder.made[0].tapes
+
+
+def test_the_engines_of_a_model_that_was_loaded_with_graphs_use_them():
+    """So do those of its views; an engine that asks otherwise does not."""
+    lm = load_lm("pocket", graphs=True, check=False)
+    mem = cram(lm, "Two boats lay on the sand.", recipe=Recipe(start="noise"), batch_size=1)
+    assert mem.exact
+    assert Recorder.made[0].tapes
+    assert Engine(lm.read_as("one-step"), vectors=2).graphs is True
+    assert Engine(lm, graphs=False).graphs is False
+    assert Engine(tiny()).graphs is False
+
+
+def test_a_trigger_is_trained_without_graphs(tmp_path):
+    """A replay gives gradients of the vectors only."""
+    lm, passage = copy(tiny()), passages(4)[0]
+    lm.graphs = True
+    plan = TriggerPlan(rows=1, front=1, vectors=1, tokens=4, batches=1, batch_size=1)
+    recipe = Recipe.of("usable", query_tokens=2, settle=3, decay=3)
+    trained = train_trigger(lm, [passage.ids], plan, recipe, tmp_path / "trigger.safetensors")
+    assert trained.table.isfinite().all()
+    assert not Recorder.made
 
 
 @pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head", "soft tokens"])

@@ -77,9 +77,7 @@ class Journal:
         try:
             record = json.loads(row[1])
             shape, dtype = record.pop("shape"), STORAGES[record.pop("dtype")].dtype
-            numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(
-                shape
-            )
+            numbers = torch.from_numpy(np.frombuffer(row[0], np.float32).copy()).reshape(shape)
             corrections = tuple((p, t) for p, t in record.pop("corrections", []))
             result = PassageResult(**record.pop("result"))
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):

@@ -66,27 +66,27 @@ def load_lm(
     quantize: str | None = None,
     checkpointing: bool = False,
     offload: bool = False,
+    graphs: bool = False,
 ) -> FrozenLM:
     """Load a causal LM from the Hub (by id), from a local folder, or the built-in 'pocket'.
 
     `revision` is a branch, tag or commit of the Hub. `device` 'auto' is the first GPU, else the
     CPU. `dtype` 'auto' is float32 on a CPU and bfloat16 on a GPU; 'bfloat16-autocast' is mixed
-    precision: float32 weights, matrix products in bfloat16. `attention` names an attention
-    implementation of transformers ('sdpa', 'eager', 'flash_attention_2'); by default it is the
-    model's, on a CPU in float32, which is faster there. `encoder` is a file of `memvec encoder
-    train`; by default, the encoders in the model's folder. `check` False skips the self-checks.
+    precision: float32 weights, matrix products in bfloat16. `attention` names an implementation of
+    transformers ('sdpa', 'eager', 'flash_attention_2'); by default the model's, on a CPU in
+    float32, which is faster there. `encoder` is a file of `memvec encoder train`; by default, the
+    encoders in the model's folder. `check` False skips the self-checks.
 
     For big models: `device_map` ('auto', or transformers' dictionary) distributes layers over
     devices. `quantize` '8bit' or '4bit' keeps linear weights in few bits; vectors then decode only
     with the model quantized in the same way. `checkpointing` computes each layer twice instead of
-    keeping its activations. `offload` keeps activations in main memory.
+    keeping activations; `offload` keeps them in main memory. On a GPU, `graphs` replays the steps.
 
     Raises MemvecError if there is no such model, no network or no weights, for a model that is no
     causal LM, and for a failed self-check.
     """
     warn_of_untested_versions()
-    local, name = local_folder(name), os.fspath(name)
-    dtype = str(dtype).removeprefix("torch.")
+    local, name, dtype = local_folder(name), os.fspath(name), str(dtype).removeprefix("torch.")
     where = _device(str(device))
     weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
@@ -111,6 +111,7 @@ def load_lm(
     commit = revision or getattr(model.config, "_commit_hash", None)
     how: dict[str, Any] = {"quantize": quantize, "checkpointing": checkpointing, "offload": offload}
     lm = FrozenLM(model, tokenizer, name=name, revision=commit, check=check, **how)
+    lm.graphs = graphs
     _read_extras(lm, local, encoder)
     return lm
 

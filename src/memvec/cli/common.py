@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
     from memvec.vectors import MemVectors
 
-LOADING_OPTIONS = ("device_map=auto", "quantize=8bit", "quantize=4bit", "checkpointing", "offload")
+SWITCHES = ("checkpointing", "offload", "graphs")
+LOADING_OPTIONS = ("device_map=auto", "quantize=8bit", "quantize=4bit", *SWITCHES)
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def loading_options(items: list[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in items or []:
         name, _, value = item.partition("=")
-        if name in ("checkpointing", "offload"):
+        if name in SWITCHES:
             if value not in ("", "true", "false"):
                 raise MemvecError(f"--load {name} is on, or {name}=false, not '{value}'.")
             options[name] = value != "false"

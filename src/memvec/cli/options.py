@@ -70,7 +70,8 @@ Load = Annotated[
     list[str] | None,
     typer.Option(
         "--load",
-        help="For big models: device_map=auto, quantize=8bit or 4bit, checkpointing, offload.",
+        help="For big models: device_map=auto, quantize=8bit or 4bit, checkpointing, offload. "
+        "For GPUs: graphs.",
     ),
 ]
 Encoder = Annotated[

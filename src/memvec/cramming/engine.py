@@ -53,9 +53,10 @@ class Engine:
 
     `storage` is the number format in which vectors are certified and stored (memvec.storage).
     `graphs` replays steps on a GPU instead of launching each kernel (memvec.graphs); rows and
-    columns are then rounded up to a few shapes. `poll` is the number of steps between checks for
-    finished passages: 8 with graphs, since a check synchronises with the device, else 1, since
-    transformers synchronises in most steps anyway. Raises MemvecError for unsupported settings.
+    columns are then rounded up to a few shapes. By default, `load_lm` decides. `poll` is the number
+    of steps between checks for finished passages: 8 with graphs, since a check synchronises with
+    the device, else 1, since transformers synchronises in most steps anyway. Raises MemvecError for
+    unsupported settings.
     """
 
     step_type: type[Step] | None = None  # overrides the `step_type` of the term
@@ -69,7 +70,7 @@ class Engine:
         batch_size: int = 32,
         storage: str | torch.dtype | Storage = "float32",
         fixed_shapes: bool = False,
-        graphs: bool = False,
+        graphs: bool | None = None,
         poll: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -78,7 +79,7 @@ class Engine:
         recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.recipe = recipe.for_family(str(lm.config.model_type))
         self.lm = lm = starts.triggered(lm, self.recipe)
-        self.K, self.batch_size = vectors, batch_size
+        self.K, self.batch_size, self.on_progress = vectors, batch_size, on_progress
         self.module = for_steps(lm, self.recipe.compute)
         # The record needs the choices made here. Only vectors in front of tokens are enlarged.
         self.recipe = replace(
@@ -88,12 +89,12 @@ class Engine:
             coordinates=supported_coordinates(self.recipe.coordinates, lm),
         )
         self.storage = storage_of(storage)
-        self.fixed_shapes, self.graphs, self.on_progress = fixed_shapes, graphs, on_progress
+        self.fixed_shapes, self.graphs = fixed_shapes, lm.graphs if graphs is None else graphs
         self.start_rule = starts.resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
-        self.poll = poll or (8 if graphs else 1)
+        self.poll = poll or (8 if self.graphs else 1)
         settings: dict[str, Any] = {"start_rule": self.start_rule, "storage": self.storage}
-        settings |= {"fixed_shapes": fixed_shapes, "graphs": graphs}
+        settings |= {"fixed_shapes": fixed_shapes, "graphs": self.graphs}
         term = registry.get("term", self.recipe.term)
         step_type = self.step_type or getattr(term, "step_type", None) or Step
         self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, **settings)

@@ -49,10 +49,9 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     `load_lm` makes one by name; the constructor takes a model and tokenizer that are in memory. It
-    changes the model in place: evaluation mode, and `requires_grad` False for all parameters, those
-    of PEFT adapters included. `tokenizer` may be None if only token ids are used. Raises
-    MemvecError for a model that takes no vectors and, unless `check` is False, for a model that
-    fails a self-check.
+    changes the model in place: evaluation mode, and no gradients of parameters, PEFT adapters
+    included. `tokenizer` may be None if only token ids are used. Raises MemvecError for a model
+    that takes no vectors and, unless `check` is False, for a model that fails a self-check.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
     token that starts a text: BOS, else EOS, else None), `embedding_std` (standard deviation of the
@@ -61,7 +60,7 @@ class FrozenLM:
     model's cache argument, or why decoding uses no cache), `autocast` (dtype of matrix products in
     mixed precision, else None), `fingerprint`, `encoder` and `usable_encoder` (one-pass encoders of
     exact and of usable vectors, else None), `facts` (the memvec.json of its folder: measured bits
-    per vector), `reading` (how it reads vectors: see `read_as`).
+    per vector), `reading` (see `read_as`), `graphs` (True: engines replay steps, memvec.graphs).
     """
 
     @plain_torch()
@@ -84,6 +83,7 @@ class FrozenLM:
         self.front: tuple[int, ...] = ()  # ids of the tokens in front of the vectors
         self.own_trigger: CrammedTrigger | None = None  # the one in the model's folder
         self.context_scale = 1.0  # factor of vectors in context mode
+        self.graphs = False
         self._original: FrozenLM | None = None  # the model of which `read_as` made this view
         self.model = model = unwrapped(model).eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision

@@ -234,6 +234,7 @@ def _crammed(
         recipe,
         vectors=plan.vectors,
         batch_size=len(passages),
+        graphs=False,  # a replay gives no gradient of the soft tokens
         on_progress=progressed,
     )
     step = engine.stepper
