@@ -868,7 +868,7 @@ def test_inspect_and_certificate_print_names_units_and_rounded_numbers(monkeypat
     assert "temperature 0.412 logits, schedule growing" in shown
     assert f"{mem.vectors.shape[1]} vectors each, D " in shown
     assert "None" not in shown
-    costs = {"steps": 1, "spent": 1, "seconds": 0.25}
+    costs = {"steps": 1, "spent": 1, "seconds": 0.23}
     for passage in mem.header.passages[1:]:
         costs = {name: total - getattr(passage, name) for name, total in costs.items()}
     first = mem.header.passages[0].model_copy(update=costs)
