@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,10 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable import certificate
 
+# The folders of tests are made here if there is room (bytes). On a disk, tests wait for the many
+# files that are flushed and deleted.
+IN_MEMORY, ROOM = "/dev/shm", 2 * 2**30
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--models", type=Path, help="write docs/models.md from the family tests")
@@ -46,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # one for all of xdist's workers
         os.environ["MEMVEC_TEST_PYTHON"], end = preloaded.begin()
         config.add_cleanup(end)
+        if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > ROOM:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", IN_MEMORY)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
