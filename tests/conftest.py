@@ -13,6 +13,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may download a model
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Output has 80 columns and no colours, whatever the terminal is and a CI asks for.
+os.environ |= {"COLUMNS": "80", "TERM": "xterm"}
+COLOURS = {"FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS"}
+for name in COLOURS | {"TERMINAL_WIDTH", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}:
+    os.environ.pop(name, None)
 gc.disable()  # during the imports, of whose time collections would take a quarter
 
 import jaxtyping
