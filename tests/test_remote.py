@@ -41,7 +41,7 @@ from memvec.workers import (
     decode_passages,
     decoding,
 )
-from memvec.workers.pool import Member
+from memvec.workers.pool import Member, _start_ray
 from studies import HEAD
 from test_report import alike
 
@@ -209,6 +209,18 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     loading = Loading("pocket", None, "float32", None, {})
     with pytest.raises(MemvecError, match="3 workers need a GPU each, and Ray has 2 here"):
         Workers(loading, workers=3)
+
+
+@pytest.mark.parametrize("address", [None, "ray://there:10001"])
+def test_workers_are_of_this_machine_unless_a_cluster_is_asked_for(address, monkeypatch) -> None:
+    """Without an address Ray would join a cluster that RAY_ADDRESS or `ray start` names, and it
+    refuses numbers of CPUs there."""
+    asked: list[dict[str, Any]] = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **given: asked.append(given))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert _start_ray(3, address) is ray
+    assert asked[0]["address"] == (address or "local")
+    assert asked[0].get("num_cpus") == (None if address else 3)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Workers:
         if self.count > cpus:  # Ray would wait for the last of them for ever, without an error
             raise MemvecError(
                 f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
-                "workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
+                "workers, or end the Ray that this process has already: ray.shutdown()."
             )
         if 0 < gpus < self.count:
             raise MemvecError(
@@ -292,6 +292,7 @@ def _start_ray(workers: int, address: str | None) -> Any:
             ray.init(address=address, log_to_driver=False)
         else:
             ray.init(
+                address="local",  # else Ray joins a cluster that RAY_ADDRESS or `ray start` names
                 num_cpus=workers or None,  # None: Ray counts them
                 include_dashboard=False,
                 log_to_driver=False,
