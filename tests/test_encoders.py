@@ -251,12 +251,12 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, K, tokens):
     together = encoder.encode(lm, ids, K)
     assert together.shape == (4, K, lm.width)
     alone = torch.cat([encoder.encode(lm, row[None], K) for row in ids])
-    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=3e-5)
     file = tmp_path / "encoder.safetensors"
     save_encoder(file, encoder, lm, {"steps": 1})
     again = load_encoder(file, lm)
     assert (again.tokens, again.max_vectors) == (tokens, 2)
-    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=3e-5)
     assert len(again.identity) == 16
 
 

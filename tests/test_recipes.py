@@ -420,7 +420,10 @@ def test_embeddings_of_a_text_as_vectors_give_the_logits_of_the_text():
             found = passage_logits(
                 run.model, embed(run.model, before), embed(run.model, ids), trigger
             )
-            torch.testing.assert_close(found, decoded(run.model, *parts)[:, -9:-1])
+            wanted = decoded(run.model, *parts)[:, -9:-1]
+            # bfloat16; another row of a product may be rounded in another way
+            torch.testing.assert_close(found, wanted, rtol=1.6e-2, atol=5e-3)
+            assert wanted.std() > 0.1
 
         def as_text(model, embedded, K):
             return torch.cat([embed(model, bos), embedded], 1)

@@ -86,7 +86,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path):
     assert [m.shape for m in together] == [(4, 2, lm.width)] * 3
     for row, alone in enumerate(ids):
         for memory, whole in zip(encoder.memories(lm, alone[None], T), together, strict=True):
-            torch.testing.assert_close(memory[0], whole[row], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(memory[0], whole[row], rtol=1e-4, atol=2e-4)
     file = tmp_path / "recurrent.safetensors"
     save_encoder(file, encoder, lm, {"steps": 1})
     again = load_encoder(file, lm)

@@ -440,7 +440,7 @@ def test_the_gradient_of_soft_tokens_is_the_mean_over_passages(family):
         return rows.grad
 
     alone = [gradient([ids]) for ids in ASKED[:2]]
-    torch.testing.assert_close(gradient(ASKED[:2]), sum(alone) / 2, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gradient(ASKED[:2]), sum(alone) / 2, atol=1e-4, rtol=1e-4)
     rows = first_rows(lm, PLAN).requires_grad_()
     view = with_soft_tokens(with_front(lm, "auto"), rows, PLAN.rows)
     fixed = with_soft_tokens(lm, rows.detach(), PLAN.rows)
@@ -456,7 +456,7 @@ def test_the_gradient_of_soft_tokens_is_the_mean_over_passages(family):
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     loss = loss + one_step.term_weight * kl
     (written_out,) = torch.autograd.grad(loss, rows)
-    torch.testing.assert_close(alone[0], written_out, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(alone[0], written_out, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
