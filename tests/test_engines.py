@@ -57,7 +57,7 @@ def saved(tmp_path):
 def fake_vllm(tmp_path, python):
     """A Python in whose environment `vllm` is the fake one."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "engines_fake"} exec {python} "$@"\n')
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{HERE / "engines_fake"}" exec "{python}" "$@"\n')
     path.chmod(0o755)
     return path
 
