@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_a_start_file_that_does_not_fit_is_refused(lm, tmp_path):
         cram(f"saved(file='{file}')", vectors=2)
     with pytest.raises(MemvecError, match="are read otherwise"):
         cram(f"saved(file='{one_step}')")
+
+
+def test_a_start_file_that_was_replaced_is_read_again(lm, tmp_path):
+    """Its time of change may be that of the old file, on file systems with rough times."""
+    first = []
+    for seed in (0, 1):
+        mem = memvec.cram(lm, TEXT, tokens=6, recipe=few(1, seed=seed), halve=False)
+        file = mem.save(tmp_path / "a.mem", force=True)
+        os.utime(file, (1e9, 1e9))
+        (ids, *_) = token_ids(lm, mem)
+        first += start_vectors(lm, [ids], 1, few(1, start=f"saved(file='{file}')"))
+        assert torch.equal(first[-1], mem.vectors[0])
+    assert not torch.equal(*first)
 
 
 def test_the_setting_of_a_start_file_is_its_content(lm, tmp_path):

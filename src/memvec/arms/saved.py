@@ -32,7 +32,8 @@ def saved(
     if not file:
         raise MemvecError("the start 'saved' needs a file: saved(file='letter.mem.safetensors').")
     path = existing_path(file)
-    mem, places = _of_file(str(path), path.stat().st_mtime_ns)
+    now = path.stat()  # the times of some file systems are of whole seconds
+    mem, places = _of_file(str(path), (now.st_mtime_ns, now.st_ino, now.st_size))
     if mem.header.layout != lm.layout or mem.header.space or lm.reading.space != "inputs":
         raise MemvecError(f"the vectors in {path} are read otherwise: only inputs begin there.")
     if tuple(mem.vectors.shape[1:]) != (K, lm.width):
@@ -49,7 +50,7 @@ def saved(
 
 
 @functools.lru_cache(maxsize=4)
-def _of_file(path: str, changed: int) -> tuple[MemVectors, dict[str, int]]:
-    """The vectors of a file, and the index of each passage; `changed` is its time of change."""
+def _of_file(path: str, state: tuple[int, ...]) -> tuple[MemVectors, dict[str, int]]:
+    """The vectors of a file, and the index of each passage; another `state` is another file."""
     mem = MemVectors.load(path)
     return mem, {record.sha256: i for i, record in enumerate(mem.passages)}
