@@ -5,7 +5,7 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))
 named = chain(
     project["project"]["dependencies"],
     *project["project"]["optional-dependencies"].values(),

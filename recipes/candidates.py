@@ -48,7 +48,7 @@ SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
 def tables_of(path: Path) -> dict[str, dict]:
     """The tables of a TOML file. Ends the program if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SystemExit(f"--spec {path}: {error}; name a TOML file of training runs") from None
 

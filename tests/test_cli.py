@@ -679,7 +679,7 @@ for words in json.loads(sys.argv[2]):
 @pytest.mark.slow
 def test_an_install_without_extras_runs_every_verb_but_study(folder, letter):
     """The packages of all extras cannot be imported; `study` names the extra that it needs."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))
     extras = project["project"]["optional-dependencies"].values()
     absent = {re.match(r"[\w-]+", name)[0] for names in extras for name in names} - {"memvec"}
     verbs = (

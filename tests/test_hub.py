@@ -230,7 +230,7 @@ def test_the_card_of_the_built_in_model_has_its_licence():
 def test_the_card_s_code_runs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved = named(str(folder)).save_pretrained("letter")
-    code = re.search(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", (saved / "README.md").read_text("utf-8"), re.DOTALL)[1]
     code = code.replace('"FOLDER"', '"letter"').replace('load_lm("tiny"', f'load_lm("{folder}"')
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == TEXT + "\n"
@@ -244,7 +244,7 @@ def test_pushing_uploads_the_vectors_and_their_card(api):
     assert address == "https://hub/me/letter/commit/1"
     assert api.seen == {"repository": "me/letter", "private": True, "exist_ok": True}
     assert torch.equal(MemVectors.from_pretrained(api.place).vectors, mem().vectors)
-    assert "base model's licence is `llama3.2`" in (api.place / "README.md").read_text()
+    assert "base model's licence is `llama3.2`" in (api.place / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
