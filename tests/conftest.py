@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--models")) is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(support.Writer(path))
     if not hasattr(config, "workerinput"):  # one for all of xdist's workers
+        cache = tempfile.TemporaryDirectory(prefix="memvec-data-sets-")
+        os.environ["HF_DATASETS_CACHE"] = cache.name  # not in the user's home folder
+        config.add_cleanup(cache.cleanup)
         os.environ["MEMVEC_TEST_PYTHON"], end = preloaded.begin()
         config.add_cleanup(end)
         if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > ROOM:

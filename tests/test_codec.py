@@ -875,6 +875,7 @@ def test_activations_are_measured_once_on_the_module_of_the_engine(monkeypatch):
 
     for module in (cram_job, batch_size_module):
         monkeypatch.setattr(module, "facts_of", counted)
+    monkeypatch.setattr(batch_size_module, "free_memory", lambda: 10**9)
     options = {"storage": storage_of("float32"), "on_status": lambda status: None}
     job = cram_job.CramJob(reader(), [], 2, tokens=3, recipe=QUICK, batch_size=None, **options)
     job.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5))])

@@ -477,7 +477,8 @@ def recipe(monkeypatch):
     return importlib.import_module("recurrent")
 
 
-def test_the_study_uses_the_encoder_that_the_recipe_trains(recipe):
+def test_the_study_uses_the_encoder_that_the_recipe_trains(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the recipe makes its folder of work
     spec = read_spec(ROOT / "studies" / "recurrent.toml")
     words, options = recipe.command(["--text", "novels.parquet"]), recipe.OPTIONS
     (run,) = spec.runs
