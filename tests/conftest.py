@@ -83,8 +83,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Count calls anew in each test, so that the first calls of each function are checked."""
+    """Count calls anew in each test, so that the first calls of each function are checked.
+
+    A test draws the same random numbers alone and after others.
+    """
     typechecks.calls.clear()
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)
