@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from conftest import QUICK, build, passages, reader, tiny
-from memvec import codec, engines
+from memvec import codec, engines, loading
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
@@ -31,6 +31,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.precision import widen_attention
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage, ids_hash
+from memvec.usable import certificate
 from memvec.vectors import MemVectors
 from test_families import as_mem
 
@@ -451,7 +452,12 @@ def test_errors_of_the_export_command_are_one_sentence(command, folder, tmp_path
 @PEFT_SAYS
 @pytest.mark.skipif(not POCKET.exists(), reason="the built-in model is not made yet")
 def test_the_commands_and_snippets_of_the_interop_page_run(command, tmp_path, monkeypatch, python):
-    """All of its commands and Python snippets run; the text is shorter than on the page."""
+    """All of its commands and Python snippets run; the text is shorter than on the page.
+
+    A certificate of use has shorter queries, and the commands load each model once.
+    """
+    monkeypatch.setattr(certificate, "TOKENS", 6)
+    monkeypatch.setattr(loading, "load_lm", functools.cache(loading.load_lm))
     letter = (ROOT / "examples/letter.txt").read_text()[:80]  # other tests cram the whole text
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples/letter.txt").write_text(letter)
