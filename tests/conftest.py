@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -500,6 +501,18 @@ def untyped() -> Iterator[None]:
 def python() -> str:
     """The path of a Python that has torch imported already (tests/preloaded.py)."""
     return os.environ["MEMVEC_TEST_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def memvec_with_ray(python: str) -> list[str]:
+    """The words that start the command in such a Python, whose Ray starts the usual Python.
+
+    The program first writes its process id to standard error.
+    """
+    code = (
+        f"import os, sys; sys.executable = {sys.executable!r}; print(os.getpid(), file=sys.stderr)"
+    )
+    return [python, "-c", f"{code}; from memvec.cli import main; main()"]
 
 
 # ---------------------------------------------------------------------- the command line

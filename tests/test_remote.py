@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -385,7 +384,9 @@ def test_workers_decode_what_one_process_decodes(
 
 
 @pytest.mark.slow
-def test_two_real_workers_cram_a_document_as_one_process_does(folder: Path, tmp_path: Path) -> None:
+def test_two_real_workers_cram_a_document_as_one_process_does(
+    folder: Path, tmp_path: Path, memvec_with_ray: list[str]
+) -> None:
     """The command with Ray crams the same passages as one process; they are exact."""
     pytest.importorskip("ray")
     text = "the lazy dog\r\n\té 👍\n\n" * 2
@@ -393,7 +394,7 @@ def test_two_real_workers_cram_a_document_as_one_process_does(folder: Path, tmp_
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     file, stored = str(tmp_path / "a.txt"), tmp_path / "two.mem"
     options = ["-m", str(folder), "--vectors", "2", "--tokens", "2", "--steps", "600"]
-    line = [sys.executable, "-m", "memvec.cli", "cram", file, *options, "-o", str(stored)]
+    line = [*memvec_with_ray, "cram", file, *options, "-o", str(stored)]
     subprocess.run([*line, "--workers", "2"], env=environment, check=True, timeout=300)
     lm, two = load_lm(str(folder)), MemVectors.load(stored)
     assert codec.decode(lm, two) == [text]

@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -996,9 +995,12 @@ recipe = { lr = 0.1, steps = 40 }
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(python: str, base: Path, out: str, *more: str) -> list[str]:
-    words = ["study", "run", base / "s.toml", "-o", base / out, *more]
-    return [python, "-m", "memvec.cli", *map(str, words)]
+def arguments(base: Path, out: str, *more: str) -> list[str]:
+    return [str(word) for word in ("study", "run", base / "s.toml", "-o", base / out, *more)]
+
+
+def command(python: str, base: Path, out: str) -> list[str]:
+    return [python, "-m", "memvec.cli", *arguments(base, out)]
 
 
 @pytest.fixture(scope="module")
@@ -1068,19 +1070,23 @@ def count(file: Path) -> int:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_of_which_one_is_killed_give_the_same_rows(killed: Path) -> None:
+def test_two_ray_workers_of_which_one_is_killed_give_the_same_rows(
+    killed: Path, memvec_with_ray: list[str]
+) -> None:
     pytest.importorskip("ray")
     whole = everything(killed / "whole")
     file, struck = killed / "ray" / "study.sqlite", 0
     with (killed / "ray.log").open("w") as log:
-        words = command(sys.executable, killed, "ray", "--workers", "2")
+        words = [*memvec_with_ray, *arguments(killed, "ray", "--workers", "2")]
         process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 590  # Ray is slow on a busy machine
             while time.monotonic() < end and process.poll() is None:
-                if not struck and count(file) >= 1 and (workers := cramming(process.pid)):
-                    struck = workers[0]
-                    os.kill(struck, signal.SIGKILL)
+                if not struck and count(file) >= 1:
+                    driver = int((killed / "ray.log").read_text().split()[0])
+                    if workers := cramming(driver):
+                        struck = workers[0]
+                        os.kill(struck, signal.SIGKILL)
                 time.sleep(0.05)
         finally:
             process.kill()
