@@ -69,11 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests as slow: those of most families, and those of a whole study.
 
     `make check` runs a test over families with the few that differ most: outside of
-    test_families.py, an attention model and a recurrent one. A test with one of the fixtures
-    'study', 'done' and 'killed' needs a whole study, which takes long.
+    test_families.py, an attention model and a recurrent one. A test with the fixture 'study' or
+    'done' needs a whole study, which takes long.
     """
     for item in items:
-        if {"study", "done", "killed"} & set(getattr(item, "fixturenames", ())):
+        if {"study", "done"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         parameters = getattr(item, "callspec", None)
         family = parameters.params.get("family") if parameters is not None else None
