@@ -96,7 +96,9 @@ class Spec(Strict):
     batch_size: Whole = Field(default=8, ge=1, description="passages crammed at once on a device")
     storage: StorageName = Field(default="float32", description="dtype of stored vectors")
     fixed_shapes: bool = Field(
-        default=True, description="keep batch shapes fixed, so rows do not depend on who runs them"
+        default=True,
+        description="keep batch shapes fixed, so who runs a passage, and in which slot, changes "
+        "rounding at most",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda:0")
     models: tuple[ModelSpec, ...] = Field(min_length=1)
