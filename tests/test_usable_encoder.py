@@ -328,7 +328,7 @@ def test_training_lowers_both_losses():
     lm = load_lm("pocket")
     texts = sorted((Path(__file__).parent.parent / "studies" / "texts").glob("*.txt"))
     text = torch.tensor([i for path in texts[:3] for i in lm.tokenize(path.read_text())])
-    plan = UsablePlan(steps=30, slots=2, rank=8, positions=240, query_tokens=8, warmup=5)
+    plan = UsablePlan(steps=18, slots=2, rank=8, positions=140, query_tokens=6, warmup=5, lr=0.006)
 
     def trained(weight: float) -> tuple[list[float], float]:
         bits, nats = [], []
@@ -421,7 +421,7 @@ def test_the_commands_train_the_encoder_and_cram_from_it(command, folder, tmp_pa
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     books, letter = tmp_path / "books.txt", tmp_path / "letter.txt"
     books.write_text("the cat sat on the mat and the dog, and so it went on. " * 200)
-    letter.write_text("the cat sat")
+    letter.write_text("the dog")
     lm = load_lm(str(own))
     soft = CrammedTrigger(0.1 * torch.randn(2, lm.width))
     save_trigger(own / "trigger.safetensors", soft, lm, {})
@@ -445,11 +445,11 @@ def test_the_commands_train_the_encoder_and_cram_from_it(command, folder, tmp_pa
     header = json.loads(command("inspect", tmp_path / "letter.mem", "--json").out)
     identity = load_encoder(file, load_lm(str(own))).identity
     assert header["model"]["usable_encoder"] == identity
-    assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
+    assert command("decode", tmp_path / "letter.mem").out == b"the dog"
     quickly = ["cram", letter, "-m", own, "--usable", "--preset", "usable-quick", "--vectors", 2]
     ran = command(*quickly, "--tokens", 6, "--set", "query_tokens=4", "-o", tmp_path / "q.mem")
     assert ran.code == 0, ran.err
-    assert command("decode", tmp_path / "q.mem").out == b"the cat sat"
+    assert command("decode", tmp_path / "q.mem").out == b"the dog"
     other = tmp_path / "other.safetensors"
     small = ["--steps", 1, "--hidden", 16, "--layers", 1, "--heads", 2, "--positions", 64]
     assert command("encoder", "train", "-m", own, "--text", books, "-o", other, *small).code == 0
