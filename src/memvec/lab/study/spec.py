@@ -97,8 +97,8 @@ class Spec(Strict):
     storage: StorageName = Field(default="float32", description="dtype of stored vectors")
     fixed_shapes: bool = Field(
         default=True,
-        description="keep batch shapes fixed, so who runs a passage, and in which slot, changes "
-        "rounding at most",
+        description="keep batch shapes fixed, so that a passage's worker and slot change at most "
+        "the rounding",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda:0")
     models: tuple[ModelSpec, ...] = Field(min_length=1)
