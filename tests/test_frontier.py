@@ -118,7 +118,8 @@ def test_the_overlap_is_the_share_of_squared_length_inside_the_span():
     assert directions.overlap(b, c) == 0
     c[0, 0] = 2.0  # half of its squared length is in the span
     assert directions.overlap(c, b) == pytest.approx(0.5)
-    by_chance = np.mean([directions.overlap(torch.randn(4, 400), a) for _ in range(200)])
+    others = torch.randn(200, 4, 400, generator=generator)
+    by_chance = np.mean([directions.overlap(other, a) for other in others])
     assert by_chance == pytest.approx(4 / 400, rel=0.2)
 
 
