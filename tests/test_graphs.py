@@ -339,6 +339,7 @@ def test_steps_of_other_recipes_and_models_are_replayed(family, recipe):
     assert Recorder.made[0].tapes
 
 
+@pytest.mark.slow
 def test_the_engines_of_a_model_that_was_loaded_with_graphs_use_them():
     """So do those of its views; an engine that asks otherwise does not."""
     lm = load_lm("pocket", graphs=True, check=False)

@@ -129,6 +129,7 @@ def test_coordinates_of_a_passage_are_equal_bit_for_bit_in_any_batch(coordinates
 
 
 @both
+@pytest.mark.slow
 def test_a_passage_does_not_depend_on_its_neighbours(recipe):
     alone_as_beside_others(recipe)
 

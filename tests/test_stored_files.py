@@ -39,6 +39,7 @@ def pocket():
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+@pytest.mark.slow
 def test_a_stored_file_decodes_exactly_and_has_the_recorded_measures(pocket, path):
     mem = MemVectors.load(path)
     assert mem.exact
