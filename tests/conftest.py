@@ -506,9 +506,10 @@ def python() -> str:
 
 @pytest.fixture(scope="session")
 def memvec_with_ray(python: str) -> list[str]:
-    """The words that start the command in such a Python, whose Ray starts the usual Python.
+    """The words that start `memvec` in a Python that has torch imported already.
 
-    The program first writes its process id to standard error.
+    Ray starts its workers in the usual Python. The program first writes its process id to standard
+    error.
     """
     code = (
         f"import os, sys; sys.executable = {sys.executable!r}; print(os.getpid(), file=sys.stderr)"

@@ -306,10 +306,7 @@ def train() -> dict[str, Any]:
     network: dict[str, Any] = {"hidden": 16, "heads": 2, "layers": 1}
     adapters: dict[str, Any] = {"rank": 2, "shortest": 2, "longest": 4}
     chain: dict[str, Any] = {"segments": 2, "lags": 2, "segment_tokens": 4}
-    training_run.GRID = (
-        1,
-        4,
-    )  # fewer and shorter passages are decoded for an encoder's best length
+    training_run.GRID = (1, 4)  # lengths at which an encoder is measured: fewer and shorter ones
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # for Module.to
     with Mode():
         model = moved(build("llama"), "gpu:0")

@@ -333,7 +333,8 @@ def test_a_step_that_reads_a_number_cannot_be_captured(monkeypatch):
 @pytest.mark.slow
 def test_steps_of_other_recipes_and_models_are_replayed(family, recipe):
     lm, asked = tiny(family), passages(*LENGTHS, seed=3)
-    recipe, options = replace(ENDLESS, **recipe), {"batch_size": 2, "fixed_shapes": True}
+    recipe = replace(ENDLESS, **recipe)
+    options = {"batch_size": 2, "fixed_shapes": True, "poll": 4}
     replayed = Engine(lm, recipe, graphs=True, **options)
     assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
     assert Recorder.made[0].tapes

@@ -72,7 +72,7 @@ class Workers:
         if self.count > cpus:  # Ray would wait for the last of them for ever, without an error
             raise MemvecError(
                 f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
-                "workers, or end the Ray that this process has already: ray.shutdown()."
+                "workers, or in Python call ray.shutdown() first."
             )
         if 0 < gpus < self.count:
             raise MemvecError(
