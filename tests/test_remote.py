@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from memvec.lab.study.pool import StudyUnit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
+from memvec.progress_board import ProgressBoard
 from memvec.vectors import MemVectors
 from memvec.workers import (
     Batch,
@@ -119,7 +121,8 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     made.members = [Member(f"ray-{i}", actor) for i, actor in enumerate(actors)]
     made._hired, made._board_request, made.gpu = 0, None, False
     latest = {
-        f"ray-{i}": Progress(2, i, 3.0 + 4 * i, steps=10, tokens=100) for i in range(len(actors))
+        f"ray-{i}": asdict(Progress(2, i, 3.0 + 4 * i, steps=10, tokens=100))
+        for i in range(len(actors))
     }
     made.board = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
     made._hire = lambda: Member("spare", spare())  # type: ignore[method-assign]
@@ -541,8 +544,16 @@ def test_a_worker_reports_once_a_second_and_the_seconds_of_all_are_added(monkeyp
     states = [Progress(1, 0, 2.0, steps=i, tokens=i, seconds=1.0 + i) for i in range(4)]
     for state in states:
         worker._report(state)
-    assert reported == [("one", states[0]), ("one", states[2])]
+    assert reported == [("one", asdict(states[0])), ("one", asdict(states[2]))]
     assert combined(states[:3]).seconds == 6.0
+    # The board's own process does not import torch, which takes seconds and 300 MB.
+    program = (
+        "import pickle, sys; made, reports = pickle.loads(sys.stdin.buffer.read())\n"
+        "for report in reports: made.report(*report)\n"
+        "assert made.all() == dict(reports[1:]) and 'torch' not in sys.modules"
+    )
+    sent = pickle.dumps((ProgressBoard(), reported))
+    subprocess.run([sys.executable, "-c", program], input=sent, check=True, timeout=100)
 
 
 def test_batches_of_a_result_are_decoded_once_and_put_in_order(monkeypatch):
@@ -597,7 +608,7 @@ def test_progress_is_asked_for_again_after_each_answer():
     """The newest answer of the board is shown; a board that died is asked no more."""
     made = pool(Actor(0, "error"), spare=lambda: Actor(0, "error"))
     made.members[0].unit = units(1, 1)[0]
-    answers: list[Any] = [{"ray-0": Progress(1, 0, 2.0, steps=i, tokens=i)} for i in (3, 4)]
+    answers: list[Any] = [{"ray-0": asdict(Progress(1, 0, 2.0, steps=i, tokens=i))} for i in (3, 4)]
     answers.append(DiedError("killed"))
     made.board = SimpleNamespace(all=SimpleNamespace(remote=iter(answers).__next__))
     assert [made._progress().steps for _ in range(2)] == [3, 4]

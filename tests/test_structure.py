@@ -26,6 +26,7 @@ BESIDE = (
     "hub",
     "certification",
     "workers",
+    "progress_board",
     "graphs",
     "recipe_effect",
     "statistics",

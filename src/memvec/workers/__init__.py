@@ -12,7 +12,7 @@ crew.py      a document's passages over the pool, behind the interface of one en
 decoding.py  the decode that certifies a result, over the pool
 """
 
-from memvec.workers.actor import Loading, OnProgress, ProgressBoard, Unit, Worker
+from memvec.workers.actor import Loading, OnProgress, Unit, Worker
 from memvec.workers.crew import Batch, Crew
 from memvec.workers.decoding import Decoding, decode_passages
 from memvec.workers.pool import Workers, combined
@@ -23,7 +23,6 @@ __all__ = [
     "Decoding",
     "Loading",
     "OnProgress",
-    "ProgressBoard",
     "Unit",
     "Worker",
     "Workers",

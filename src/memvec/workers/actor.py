@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,28 +60,11 @@ class Loading:
         )
 
 
-class ProgressBoard:
-    """A small actor that keeps the last progress of each worker, for the driver to display.
-
-    Workers are busy while they cram and cannot answer, so they report here and the driver reads.
-    """
-
-    def __init__(self) -> None:
-        self.latest: dict[str, Progress] = {}
-
-    def report(self, name: str, progress: Progress) -> None:
-        """Keep a worker's progress."""
-        self.latest[name] = progress
-
-    def all(self) -> dict[str, Progress]:
-        """The last progress of every worker, by its name."""
-        return self.latest
-
-
 class Worker:
     """A model on its device, inside an actor.
 
-    `threads` is torch's number of threads; 0 leaves the default.
+    `threads` is torch's number of threads; 0 leaves the default. `board` is the handle of a
+    ProgressBoard.
     """
 
     def __init__(
@@ -104,4 +87,4 @@ class Worker:
     def _report(self, progress: Progress) -> None:
         if self.board is not None and time.monotonic() - self._last_report > REPORT_EVERY:
             self._last_report = time.monotonic()
-            self.board.report.remote(self.name, progress)
+            self.board.report.remote(self.name, asdict(progress))

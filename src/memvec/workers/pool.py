@@ -14,7 +14,8 @@ import torch
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.model.memory import out_of_memory
-from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, ProgressBoard, Unit, Worker
+from memvec.progress_board import ProgressBoard
+from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, Unit, Worker
 
 MAX_DEATHS = 3  # mean per worker; with more, the run ends
 REFILLS = 4  # a unit has at most this many passages per slot
@@ -210,13 +211,13 @@ class Workers:
             ready, _ = self.ray.wait([self._board_request], timeout=0)
             if not ready:
                 return None
-            latest: dict[str, Progress] = self.ray.get(self._board_request)
+            latest: dict[str, dict[str, Any]] = self.ray.get(self._board_request)
         except self.ray.exceptions.RayActorError:
             self.board = None  # the run goes on without its progress
             return None
         self._board_request = None
         names = [member.name for member in self.members if member.unit is not None]
-        return combined([latest[name] for name in names if name in latest])
+        return combined([Progress(**latest[name]) for name in names if name in latest])
 
     def _hire(self) -> Member:
         self._hired += 1
