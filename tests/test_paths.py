@@ -23,7 +23,7 @@ from memvec.lab.study.export import export_rows
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
-from memvec.passages import read_document
+from memvec.passages.documents import read_document
 from memvec.usable import receipts
 from memvec.usable.columns import Column
 from memvec.usable.evaluate import Evaluation

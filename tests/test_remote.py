@@ -6,6 +6,7 @@ Scripted actors take the place of Ray's in all tests but one.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pickle
 import subprocess
@@ -29,17 +30,22 @@ from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import StudyUnit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
+from memvec.passages.cutting import Cutter
+from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.progress_board import ProgressBoard
 from memvec.vectors import MemVectors
 from memvec.workers import (
     Batch,
     Crew,
+    Cutting,
     Decoding,
     Loading,
     Worker,
     Workers,
     combined,
+    cut_lengths,
+    cutting,
     decode_passages,
     decoding,
 )
@@ -81,8 +87,8 @@ class Actor:
         )
 
     def results(self, unit: StudyUnit | Batch) -> Any:
-        """(key, result) for the unit's passages, then its end; it decodes units of decoding."""
-        if isinstance(unit, Decoding):
+        """(key, result) for the unit's passages, then its end; it does units of other work."""
+        if isinstance(unit, Decoding | Cutting):
             yield from itertools.islice(unit.work(reader("words"), "scripted", None), self.rows)
             if self.end == "error" and self.rows < len(unit.keys()):
                 yield DiedError("killed")
@@ -324,6 +330,48 @@ def test_workers_decode_with_the_callers_force(monkeypatch):
         assert decode_passages(lm, mem, workers, force=force) == plain(mem, lm)
         assert forced == [force] * -(-len(mem.passages) // 32)
     assert len(forced) == 2
+
+
+@pytest.mark.parametrize(("rows", "end"), [(99, "done"), (3, "error"), (0, "silence")])
+@pytest.mark.parametrize(("bits", "most", "least"), [(12.0, None, 1), (25.0, 7, 2)])
+def test_documents_that_workers_cut_have_the_same_passages(
+    bits, most, least, rows, end, monkeypatch
+):
+    """Also if a worker dies. The driver reads the first passages of a part only, until the two cuts
+    have a start in common."""
+    monkeypatch.setattr(cutting, "PART", 50)
+    monkeypatch.setattr(cutting, "SECTION", 16)
+    lm, read, shares = reader("words"), [], list[float]()
+    draw = torch.Generator().manual_seed(3)
+    plain = Document.of(lm, "the cat")
+    documents = [
+        replace(plain, ids=tuple(torch.randint(2, lm.vocab_size, (n,), generator=draw).tolist()))
+        for n in (200, 7, 60)
+    ]
+    cutter = Cutter(lm, bits=bits, max_tokens=most)
+    expected = [list(cutter.cut(d.ids, i, least)) for i, d in enumerate(documents)]
+    healthy = Actor(99, "done")
+    workers = pool(healthy, Actor(rows, end), healthy, spare=lambda: healthy)
+    cutter.known = cut_lengths(workers, cutter, documents, least, shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1, abs=0.05)
+    fitting = Cutter._fitting
+    monkeypatch.setattr(Cutter, "_fitting", lambda *given: read.append(given[2]) or fitting(*given))
+    found = [list(cutter.cut(d.ids, i, least)) for i, d in enumerate(documents)]
+    assert found == expected
+    assert len(read) < sum(map(len, expected)) / 4
+    assert not {0, *range(1, 40)} & set(read)  # the first parts are known whole
+
+
+@pytest.mark.parametrize("limit", [{"tokens": 3}, {"bits": math.inf}, {"bits": 25.0}])
+def test_workers_cut_nothing_that_one_process_cuts_as_fast(limit):
+    """Passages of a number of tokens, one passage, or one short document."""
+    lm = reader("words")
+    cutter, nobody = Cutter(lm, **limit), pool(spare=lambda: Actor(0, "done"))
+    nobody.count = 2
+    documents = [Document.of(lm, "the cat sat on the mat " * 9)]
+    assert cut_lengths(nobody, cutter, documents, 1, print) == {}
+    assert cut_lengths(None, Cutter(lm, bits=25.0), documents * 9, 1, print) == {}
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])

@@ -52,8 +52,8 @@ def cram(
     vectors are stored and certified (a name in memvec.storage.STORAGES). `keep_text` stores the
     text in the file, too. `journal` is the path of a file that keeps finished passages: after an
     interruption, the same call continues from it; delete it once the vectors are saved. `workers`
-    (memvec.workers) cram the passages on other devices, while `lm` cuts the texts and makes the
-    certificate. `on_status` is called with the progress.
+    (memvec.workers) cut long texts, cram the passages, and decode them for the certificate of `lm`.
+    `on_status` is called with the progress.
 
     `layout` says how the model reads the vectors (memvec.model.reading). 'prefix' puts them in
     front of their passage. 'one-step' uses two vectors per passage, from which one forward pass

@@ -24,7 +24,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import Storage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Workers, decode_passages
+from memvec.workers import Batch, Crew, Workers, cut_lengths, decode_passages
 
 # Information of a passage, as a share of the bits that its vectors can hold: a nearly full vector
 # takes many steps. `fill` in the memvec.json of a model's folder replaces this value.
@@ -95,6 +95,7 @@ class CramJob:
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
         self.expected: Expected | None = None
+        self._on_share = partial(self._report, None)
         self._enter("preparing")  # some coordinates first measure the model's gradients
         self.engine = Engine(lm, recipe, vectors=K, storage=storage, on_progress=self._report)
         self._enter("measuring")
@@ -107,11 +108,13 @@ class CramJob:
         """
         cutter, shortest = self.make_cutter()
         self._enter("cutting")
+        cutter.known = cut_lengths(self.workers, cutter, self.documents, shortest, self._on_share)
         passages: list[Passage] = []
         for i, d in enumerate(self.documents):
             for passage in cutter.cut(d.ids, i, shortest):
                 passages.append(passage)
-                self._report(share=(i + passage.offset / len(d.ids)) / len(self.documents))
+                if not cutter.known:
+                    self._on_share((i + passage.offset / len(d.ids)) / len(self.documents))
         self.choose_batch_size(passages)
         if self.lm.reading.crammer:
             self._cram_sharing_a_vector([Job(p, self.engine.recipe.margin) for p in passages])
@@ -274,9 +277,7 @@ class CramJob:
         self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
-            decoded = decode_passages(
-                self.lm, mem, self.workers, on_share=partial(self._report, None)
-            )
+            decoded = decode_passages(self.lm, mem, self.workers, on_share=self._on_share)
             certificate, exact = certificate_of(self.lm, mem, decoded)
             pairs = zip(self._in_order(), exact, strict=True)
             disagreeing = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]

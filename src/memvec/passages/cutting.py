@@ -9,7 +9,7 @@ each passage, because each passage is decoded without the text in front of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,8 @@ class Cutter:
 
     A passage has at least one token, whatever its bits, and the last passage may be shorter than
     `tokens`. `max_tokens` is the maximum number of tokens of a passage (the model's context without
-    the vectors). Raises ValueError unless exactly one of `bits` and `tokens` is given, and
+    the vectors). `known` may be set to lengths that are already known, in tokens: (document, start)
+    -> length. Raises ValueError unless exactly one of `bits` and `tokens` is given, and
     MemvecError if `tokens` is below 1 or above `max_tokens`.
     """
 
@@ -47,6 +48,7 @@ class Cutter:
             raise MemvecError(f"{tokens} tokens do not fit the context: at most {max_tokens}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens
         self.max_tokens = max_tokens or 10**9
+        self.known: Mapping[tuple[int, int], int] = {}
 
     def cut(self, ids: Sequence[int], document: int = 0, min_tokens: int = 1) -> Iterator[Passage]:
         """Yield the passages of a document, from front to back.
@@ -59,7 +61,7 @@ class Cutter:
         while start < len(ids):
             if self.tokens is not None:
                 n = min(self.tokens, len(ids) - start)
-            else:
+            elif not (n := self.known.get((document, start), 0)):
                 n, window = self._fitting(ids, start, window)
             n = max(n, min_tokens)
             if 0 < (remaining := len(ids) - start) - n < min_tokens:
@@ -76,7 +78,7 @@ class Cutter:
             total = surprisals(self.lm, span).cumsum(0)
             n = int((total <= self.bits).sum())
             if n < len(span) or len(span) < window or window == self.max_tokens:
-                return max(n, 1), max(16, 2 * n)
+                return max(n, 1), max(16, n + n // 2)
             window *= 2
 
 

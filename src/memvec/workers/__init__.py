@@ -9,17 +9,20 @@ the run ends with MemvecError. The caller defines the units: passages of a study
 actor.py     what lives in an actor, and how it loads its model
 pool.py      the driver's side: hand out units, collect results, replace the dead
 crew.py      a document's passages over the pool, behind the interface of one engine
+cutting.py   the lengths of passages, over the pool
 decoding.py  the decode that certifies a result, over the pool
 """
 
 from memvec.workers.actor import Loading, OnProgress, Unit, Worker
 from memvec.workers.crew import Batch, Crew
+from memvec.workers.cutting import Cutting, cut_lengths
 from memvec.workers.decoding import Decoding, decode_passages
 from memvec.workers.pool import Workers, combined
 
 __all__ = [
     "Batch",
     "Crew",
+    "Cutting",
     "Decoding",
     "Loading",
     "OnProgress",
@@ -27,5 +30,6 @@ __all__ = [
     "Worker",
     "Workers",
     "combined",
+    "cut_lengths",
     "decode_passages",
 ]
