@@ -333,7 +333,7 @@ def test_workers_decode_with_the_callers_force(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (3, "error"), (0, "silence")])
-@pytest.mark.parametrize(("bits", "most", "least"), [(12.0, None, 1), (25.0, 7, 2)])
+@pytest.mark.parametrize(("bits", "most", "least"), [(12.0, None, 1), (25.0, 4, 2)])
 def test_documents_that_workers_cut_have_the_same_passages(
     bits, most, least, rows, end, monkeypatch
 ):
@@ -359,19 +359,36 @@ def test_documents_that_workers_cut_have_the_same_passages(
     monkeypatch.setattr(Cutter, "_fitting", lambda *given: read.append(given[2]) or fitting(*given))
     found = [list(cutter.cut(d.ids, i, least)) for i, d in enumerate(documents)]
     assert found == expected
-    assert len(read) < sum(map(len, expected)) / 4
+    assert len(read) < sum(map(len, expected)) / 3
     assert not {0, *range(1, 40)} & set(read)  # the first parts are known whole
 
 
-@pytest.mark.parametrize("limit", [{"tokens": 3}, {"bits": math.inf}, {"bits": 25.0}])
-def test_workers_cut_nothing_that_one_process_cuts_as_fast(limit):
-    """Passages of a number of tokens, one passage, or one short document."""
+@pytest.mark.parametrize(
+    ("limit", "number"), [({"tokens": 3}, 9), ({"bits": math.inf}, 9), ({"bits": 25.0}, 1)]
+)
+def test_workers_cut_nothing_that_one_process_cuts_as_fast(limit, number):
+    """Passages of a number of tokens, whole documents, or one short document."""
+    lm, healthy = reader("words"), Actor(99, "done")
+    workers = pool(healthy, healthy, spare=lambda: healthy)
+    documents = [Document.of(lm, "the cat sat on the mat " * 9)] * number
+    assert cut_lengths(workers, Cutter(lm, **limit), documents, 1, print) == {}
+    assert cut_lengths(None, Cutter(lm, bits=25.0), documents, 1, print) == {}
+
+
+def test_each_document_is_cut_in_a_part_for_each_worker_if_it_is_long_enough(monkeypatch):
+    """What a dead worker leaves of a part begins where its last result ends."""
+    monkeypatch.setattr(cutting, "PART", 50)
+    monkeypatch.setattr(cutting, "SECTION", 16)
     lm = reader("words")
-    cutter, nobody = Cutter(lm, **limit), pool(spare=lambda: Actor(0, "done"))
-    nobody.count = 2
-    documents = [Document.of(lm, "the cat sat on the mat " * 9)]
-    assert cut_lengths(nobody, cutter, documents, 1, print) == {}
-    assert cut_lengths(None, Cutter(lm, bits=25.0), documents * 9, 1, print) == {}
+    documents = [replace(Document.of(lm, "a"), ids=tuple(range(n))) for n in (50, 201, 60)]
+    units = list(cutting._units(3, Cutter(lm, bits=25.0, max_tokens=9), documents, 2))
+    assert [(unit.document, unit.first, unit.end) for unit in units] == [
+        (0, 0, 50), (1, 0, 67), (1, 67, 134), (1, 134, 201), (2, 0, 50), (2, 50, 60)
+    ]  # fmt: skip
+    assert units[2].keys() == {(1, 67), (1, 83), (1, 99), (1, 115), (1, 131)}
+    left = units[2].without({(1, 67), (1, 83), (2, 0)})
+    assert left.keys() == {(1, 99), (1, 115), (1, 131)}
+    assert left.ids == tuple(range(99, 134 + 9 + 2))
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
