@@ -20,8 +20,11 @@ from memvec.big import keep_few_bits, loading_options, refuse_spilled
 from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
+from memvec.lab.study.check import check_study
 from memvec.lab.study.facts import facts_of_name
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.price import hours
+from memvec.lab.study.run import run_study
 from memvec.loading import load_lm
 from memvec.model.batch_size import default_batch_size
 from memvec.model.configuration import context_length, setting
@@ -37,6 +40,7 @@ from memvec.model.large import layers_of, offloaded, recomputed, saved_bytes
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import LOGITS_AT_ONCE
 from memvec.model.mixed import put_under_autocast
+from studies import HEAD, spec_in
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,
@@ -286,6 +290,26 @@ def test_a_quantized_model_crams_and_decodes(folder, tmp_path, bits, dtype):
     assert MemVectors.load(path).documents(again) == [b"ab"]
     with pytest.raises(MemvecError, match="were made for"):
         MemVectors.load(path).documents(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_study_of_quantized_weights_agrees_with_its_recomputation(folder, tmp_path):
+    """`study check` loads the model with the same weights; a pool with others is refused."""
+    pytest.importorskip("torchao")
+    text = HEAD.replace('"tiny"', f'"{folder}"\nquantize = "8bit"')
+    text += '[[runs]]\nprotocol = "exact"\nsources = ["random-tokens"]\nlengths = [3]\n'
+    spec = spec_in(tmp_path, text + "passages = 2\nrecipe = { steps = 60 }\n")
+
+    def pool(quantize):
+        return LocalPool(load_lm(str(folder), dtype="float32", quantize=quantize))
+
+    with pytest.raises(MemvecError, match="pass quantize to load_lm"):
+        run_study(spec, tmp_path / "plain", lambda model: pool(None), base=tmp_path)
+    run_study(spec, tmp_path / "few", lambda model: pool(model.quantize), base=tmp_path)
+    found = check_study(tmp_path / "few")
+    assert found["wrong"] == []
+    assert found["rows"] == 2
 
 
 # ---------------------------------------------------------------------- the estimate

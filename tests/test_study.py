@@ -14,6 +14,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import Olmo2Config
 
 from conftest import passages, reader, tiny
 from memvec.cli.progress import study_progress
-from memvec.cli.study import ls, validate
+from memvec.cli.study import _pool_maker, ls, validate
 from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
@@ -55,6 +56,7 @@ from memvec.lab.study.work import find_passages
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
+from memvec.workers import Loading
 from studies import HEAD, SENTENCES, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
@@ -177,15 +179,56 @@ def test_wrong_kinds_keys_dtypes_and_recipes_are_named() -> None:
         parse_spec(HEAD + RUN.replace("[[runs]]", "[runs]"), "spec")
     with pytest.raises(MemvecError, match="unknown dtype 'float33' of tiny: did you mean"):
         parse_spec(HEAD.replace('"tiny"', '"tiny"\ndtype = "float33"') + RUN, "spec")
+    with pytest.raises(MemvecError, match="quantize must be '8bit' or '4bit', not '3bit'"):
+        parse_spec(HEAD.replace('"tiny"', '"tiny"\nquantize = "3bit"') + RUN, "spec")
     with pytest.raises(MemvecError, match="is not TOML"):
         parse_spec("name = ", "spec")
 
 
-def test_a_model_that_replaces_others_has_their_common_dtype() -> None:
-    half = HEAD.replace('"tiny"', '"tiny"\ndtype = "bfloat16"')
-    assert parse_spec(half + RUN, "spec", model="pocket").models[0].dtype == "bfloat16"
+def test_a_model_that_replaces_others_is_loaded_as_they_all_are() -> None:
+    half = HEAD.replace('"tiny"', '"tiny"\ndtype = "bfloat16"\nquantize = "8bit"')
+    (model,) = parse_spec(half + RUN, "spec", model="pocket").models
+    assert (model.dtype, model.quantize) == ("bfloat16", "8bit")
     both = half + '[[models]]\nname = "other"\n' + RUN
-    assert parse_spec(both, "spec", model="pocket").models[0].dtype == "auto"
+    (model,) = parse_spec(both, "spec", model="pocket").models
+    assert (model.dtype, model.quantize) == ("auto", None)
+
+
+def test_cells_of_quantized_weights_are_other_cells() -> None:
+    """The setting is not in the keys of other cells, which are those of earlier studies."""
+    (plain,) = expand(parse_spec(HEAD + RUN + 'sources = ["random-tokens"]\n', "spec"))
+    assert "quantize" not in plain.cell.settings()
+    few_bits = replace(plain.cell, quantize="4bit")
+    assert few_bits.key != plain.cell.key
+    assert few_bits.settings() == plain.cell.settings() | {"quantize": "4bit"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append({"name": name, **options})
+        return reader()
+
+    def of_workers(loading: Loading, **options: Any) -> Any:
+        load(loading.name, revision=loading.revision, dtype=loading.dtype, **loading.options)
+        asked[-1]["device"] = options["device"]
+        return SimpleNamespace(call=lambda function: function(reader()))
+
+    monkeypatch.setattr("memvec.loading.load_lm", load)
+    monkeypatch.setattr("memvec.lab.study.remote.Workers", of_workers)
+    text = HEAD.replace('"tiny"', '"tiny"\nrevision = "r1"\ndtype = "float32"\nquantize = "8bit"')
+    (model,) = parse_spec(text + RUN, "spec").models
+    given = ["checkpointing", "device_map=auto"]
+    _pool_maker("cpu", workers, None, given)(model)
+    chosen = {"name": "tiny", "revision": "r1", "device": "cpu", "dtype": "float32"}
+    options = {"quantize": "8bit", "checkpointing": True, "device_map": "auto"}
+    assert asked == [chosen | options]
+    with pytest.raises(
+        MemvecError, match=r'write quantize = "4bit" there, under \[\[models\]\]\.$'
+    ):
+        _pool_maker("cpu", workers, None, ["quantize=4bit"])
 
 
 @pytest.mark.parametrize("name", ["../t", "a/b", "", " ", ".", "..", "a\\\\b"])
@@ -931,7 +974,12 @@ def test_vectors_of_a_study_are_files_that_decode_as_its_rows_say(
 
 
 @pytest.mark.parametrize(
-    ("line", "name"), [('dtype = "bfloat16"', "dtype"), ('revision = "main"', "revision")]
+    ("line", "name"),
+    [
+        ('dtype = "bfloat16"', "dtype"),
+        ('revision = "main"', "revision"),
+        ('quantize = "8bit"', "quantize"),
+    ],
 )
 def test_a_model_that_was_not_loaded_as_the_spec_says_is_refused(
     line: str, name: str, tmp_path: Path
@@ -1075,8 +1123,9 @@ def count(file: Path) -> int:
 def test_two_ray_workers_of_which_one_is_killed_give_the_same_rows(
     folder: Path, tmp_path: Path, python: str, memvec_with_ray: list[str]
 ) -> None:
+    """In one slot each: in other slots, products may round otherwise."""
     pytest.importorskip("ray")
-    run_whole(tmp_path, folder, python, batch_size=3)
+    run_whole(tmp_path, folder, python, batch_size=1)
     whole = everything(tmp_path / "whole")
     file, struck = tmp_path / "ray" / "study.sqlite", 0
     with (tmp_path / "ray.log").open("w") as log:

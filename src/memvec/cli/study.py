@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import reporting_interrupt
+from memvec.cli.common import loading_options, reporting_interrupt
 from memvec.cli.study_results import StudyFolder
 from memvec.cli.study_results import app as results
 from memvec.cli.study_tables import print_prices, print_rows
@@ -36,6 +36,14 @@ NEEDED = ("matplotlib", "pandas")
 SpecFile = Annotated[Path, typer.Argument(help="A spec: a TOML file.")]
 SpecModel = Annotated[
     str | None, typer.Option("--model", "-m", help="Run the spec with this model instead.")
+]
+SpecLoad = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load",
+        help="For big models: device_map=auto, checkpointing, offload. For GPUs: graphs. The spec "
+        "says whether weights are quantized.",
+    ),
 ]
 SpecDevice = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0; default: the spec's.")]
 
@@ -98,6 +106,7 @@ def run(
     ] = None,
     model: SpecModel = None,
     device: SpecDevice = None,
+    load: SpecLoad = None,
     workers: options.WorkerCount = 0,
     on: options.Cluster = None,
     json: options.Json = False,
@@ -109,7 +118,7 @@ def run(
     folder = out or Path(f"{checked.name}.study")
     # The override belongs to the study: resume must find it again.
     kept = {"toml": spec.read_text("utf-8-sig"), "model": model}
-    make_pool = _pool_maker(device or checked.device, workers, on)
+    make_pool = _pool_maker(device or checked.device, workers, on, load)
     _run(checked, folder, spec.parent.resolve(), kept, make_pool, json)
 
 
@@ -122,6 +131,7 @@ def run(
 def resume(
     folder: StudyFolder,
     device: SpecDevice = None,
+    load: SpecLoad = None,
     workers: options.WorkerCount = 0,
     on: options.Cluster = None,
     json: options.Json = False,
@@ -136,7 +146,7 @@ def resume(
         raise MemvecError(f"{folder} has no spec in it: use study run.")
     stored = jsonlib.loads(text)
     checked = parse_spec(stored["toml"], str(folder), stored["model"])
-    make_pool = _pool_maker(device or checked.device, workers, on)
+    make_pool = _pool_maker(device or checked.device, workers, on, load)
     _run(checked, folder, Path(base or "."), stored, make_pool, json)
 
 
@@ -166,19 +176,34 @@ def _run(
     )
 
 
-def _pool_maker(device: str, workers: int, on: str | None) -> Callable[[ModelSpec], Pool]:
+def _pool_maker(
+    device: str, workers: int, on: str | None, load: list[str] | None
+) -> Callable[[ModelSpec], Pool]:
     check_minimum(0, workers=workers)
+    given = loading_options(load)
+    if "quantize" in given:
+        raise MemvecError(
+            "the weights of a study's model belong to its spec: write quantize = "
+            f'"{given["quantize"]}" there, under [[models]].'
+        )
 
     def make(model: ModelSpec) -> Pool:
         if workers or on:
             from memvec.lab.study.remote import Remote
 
-            return Remote(model, workers=workers, address=on, device=device)
+            return Remote(model, workers=workers, address=on, device=device, options=given)
         from memvec.cli import display
         from memvec.lab.study.pool import LocalPool
         from memvec.loading import load_lm
 
-        lm = load_lm(model.name, revision=model.revision, device=device, dtype=model.dtype)
+        lm = load_lm(
+            model.name,
+            revision=model.revision,
+            device=device,
+            dtype=model.dtype,
+            quantize=model.quantize,
+            **given,
+        )
         display.model(lm)
         return LocalPool(lm)
 

@@ -48,6 +48,7 @@ class Cell:
     fixed_shapes: bool
     files: dict[str, str] = field(default_factory=dict)
     """Hashes of the files that recipe and protocol name: another one of a name is another cell."""
+    quantize: str | None = None
 
     @property
     def key(self) -> str:
@@ -56,10 +57,11 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """As a plain dictionary; without `files` where none is named."""
+        """As a plain dictionary; without `files` where none is named, and without no `quantize`."""
         settings = asdict(self)
-        if not self.files:
-            del settings["files"]
+        for name in ("files", "quantize"):
+            if not settings[name]:  # as in the keys of cells from before the field existed
+                del settings[name]
         return settings
 
     def to_recipe(self) -> Recipe:
@@ -130,6 +132,7 @@ def _cells(
             storage=run.storage or spec.storage,
             fixed_shapes=spec.fixed_shapes,
             files=hashes,
+            quantize=model.quantize,
         )
 
 

@@ -26,6 +26,7 @@ CELL_COLUMNS = {
 }
 SETTING_COLUMNS = {  # of the cell's settings, under the same names
     "dtype": "dtype of the model, as in the spec",
+    "quantize": "8bit or 4bit, as in the spec; empty if no weights are quantized",
     "recipe": "all fields of the recipe, as JSON",
     "options": "options of the protocol, as JSON",
 }

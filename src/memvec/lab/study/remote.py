@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Remote:
-    """`workers` actors on this machine, or one per device of a cluster at `address`."""
+    """`workers` actors on this machine, or one per device of a cluster at `address`.
+
+    `options` are further arguments of `load_lm`.
+    """
 
     def __init__(
         self,
@@ -31,8 +34,14 @@ class Remote:
         workers: int = 0,
         address: str | None = None,
         device: str = "auto",
+        options: dict[str, Any] | None = None,
     ) -> None:
-        loading = Loading(model.name, model.revision, model.dtype)
+        loading = Loading(
+            model.name,
+            model.revision,
+            model.dtype,
+            options={"quantize": model.quantize, **(options or {})},
+        )
         self.workers = Workers(loading, workers=workers, address=address, device=device)
         self._description, self._environment = self.workers.call(_about)
 

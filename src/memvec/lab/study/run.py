@@ -66,9 +66,10 @@ def run_study(
     """Run the remaining passages of a study.
 
     `make_pool` makes what crams for each model of the spec, such as
-    `LocalPool(load_lm(model.name, revision=model.revision, dtype=model.dtype))`.
-    Files that the spec names are relative to `base`. The folder keeps the text of the spec, `toml`,
-    and the `model` that `parse_spec` was given, for its report and `memvec study resume`.
+    `LocalPool(load_lm(model.name, revision=model.revision, dtype=model.dtype))`, with
+    `quantize=model.quantize` where the spec has it. Files that the spec names are relative to
+    `base`. The folder keeps the text of the spec, `toml`, and the `model` that `parse_spec` was
+    given, for its report and `memvec study resume`.
     Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
     passages come back without a row.
     """
@@ -89,9 +90,11 @@ def run_study(
 
 
 def _check_model(model: ModelSpec, description: dict[str, Any]) -> None:
-    """Raise MemvecError for a pool's model that was loaded without the spec's dtype or revision."""
+    """Raise MemvecError for a pool's model that was not loaded as the spec says."""
     if model.dtype not in ("auto", description.get("dtype")):
         name = "dtype"
+    elif model.quantize not in (None, description.get("quantize")):
+        name = "quantize"
     elif model.revision is not None and description.get("revision") is None:
         name = "revision"  # which a description may have as its commit
     else:

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memvec import plugins
+from memvec.big import Quantize
 from memvec.errors import MemvecError, did_you_mean
 from memvec.header import LONGEST
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
@@ -55,6 +56,10 @@ class ModelSpec(Strict):
     revision: str | None = Field(default=None, description="revision of a Hub model")
     dtype: str = Field(
         default="auto", description="auto, float32, bfloat16, float16 or bfloat16-autocast"
+    )
+    quantize: Quantize | None = Field(
+        default=None,
+        description="8bit or 4bit: linear weights in few bits; default: none are",
     )
 
 
@@ -152,7 +157,7 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
 
 
 def with_model(spec: Spec, name: str) -> Spec:
-    """The same study for another model, in the dtype that all of the spec's models have."""
+    """The same study for another model, loaded as all of the spec's models are, if they agree."""
     runs, seen = [], set()
     for run in spec.runs:
         one = run.model_copy(update={"models": ()})
@@ -160,9 +165,9 @@ def with_model(spec: Spec, name: str) -> Spec:
         if key not in seen:  # runs that differed by their model only
             seen.add(key)
             runs.append(one)
-    dtypes = {model.dtype for model in spec.models}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
-    replaced = ModelSpec(name=name, dtype=dtype)
+    ways = {(model.dtype, model.quantize) for model in spec.models}
+    dtype, quantize = ways.pop() if len(ways) == 1 else ("auto", None)
+    replaced = ModelSpec(name=name, dtype=dtype, quantize=quantize)
     return spec.model_copy(update={"models": (replaced,), "runs": tuple(runs)})
 
 

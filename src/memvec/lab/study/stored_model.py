@@ -33,6 +33,7 @@ def model_of(
         revision=description["revision"] if model is None else None,
         device=device,
         dtype=description["dtype"],
+        quantize=description.get("quantize"),
     )
     if not Fingerprint.of_record(description).matches(lm.fingerprint):
         raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
