@@ -204,12 +204,14 @@ def test_cells_of_quantized_weights_are_other_cells() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypatch) -> None:
+def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypatch, capsys) -> None:
     asked: list[dict[str, Any]] = []
 
     def load(name: str, **options: Any) -> Any:
         asked.append({"name": name, **options})
-        return reader()
+        lm = reader()
+        lm.quantize = options["quantize"]
+        return lm
 
     def of_workers(loading: Loading, **options: Any) -> Any:
         load(loading.name, revision=loading.revision, dtype=loading.dtype, **loading.options)
@@ -225,6 +227,7 @@ def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypat
     chosen = {"name": "tiny", "revision": "r1", "device": "cpu", "dtype": "float32"}
     options = {"quantize": "8bit", "checkpointing": True, "device_map": "auto"}
     assert asked == [chosen | options]
+    assert workers or "float32, quantized to 8bit on cpu" in capsys.readouterr().err
     with pytest.raises(
         MemvecError, match=r'write quantize = "4bit" there, under \[\[models\]\]\.$'
     ):

@@ -36,8 +36,9 @@ def say(sentence: str) -> None:
 def model(lm: FrozenLM) -> None:
     """Print on stderr which model runs, and how: D, V, dtype, device, attention, encoder."""
     d = lm.description()
+    few_bits = f", quantized to {lm.quantize}" if lm.quantize else ""
     say(
-        f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "
+        f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']}{few_bits} on {d['device']}, "
         f"{d['attention']} attention, one-pass encoder: {'yes' if lm.encoder else 'no'}"
     )
 
