@@ -132,6 +132,7 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     }
     made.board = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
     made._hire = lambda: Member("spare", spare())  # type: ignore[method-assign]
+    made.check_model = lambda lm: None  # type: ignore[method-assign]
     return made
 
 
@@ -373,6 +374,19 @@ def test_workers_cut_nothing_that_one_process_cuts_as_fast(limit, number):
     documents = [Document.of(lm, "the cat sat on the mat " * 9)] * number
     assert cut_lengths(workers, Cutter(lm, **limit), documents, 1, print) == {}
     assert cut_lengths(None, Cutter(lm, bits=25.0), documents, 1, print) == {}
+
+
+def test_workers_of_another_model_are_refused_before_they_work():
+    """For example the model of the Hub, beside a model in memory that was trained further."""
+    lm, healthy = reader("words"), Actor(99, "done")
+    workers = pool(healthy, healthy, spare=lambda: healthy)
+    del workers.check_model
+    workers.loading, theirs = Loading("there"), reader("words", seed=1)
+    workers.call = lambda function, *given: function(theirs, *given)
+    sentence = r"loaded there, which has other weights than tiny-words: give both the same model\.$"
+    with pytest.raises(MemvecError, match=sentence):
+        codec.cram(lm, ["the cat sat on the mat"], tokens=2, workers=workers)
+    workers.check_model(theirs)
 
 
 def test_each_document_is_cut_in_a_part_for_each_worker_if_it_is_long_enough(monkeypatch):

@@ -75,9 +75,11 @@ def cut_lengths(
 
     There are none without workers, if nothing has to be cut by bits, or if the documents are too
     short to be divided. `on_share` is called with the share of the tokens that has been cut. Raises
-    MemvecError as `Workers.stream` does.
+    MemvecError if the workers have another model than the cutter, and as `Workers.stream` does.
     """
     known = Lengths()
+    if workers is not None:
+        workers.check_model(cutter.lm)
     if workers is None or cutter.bits is None or math.isinf(cutter.bits):
         return known
     units = list(_units(workers.count, cutter, documents, min_tokens))

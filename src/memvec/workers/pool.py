@@ -13,6 +13,8 @@ import torch
 
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError, SlowPathWarning
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
 from memvec.model.memory import out_of_memory
 from memvec.progress_board import ProgressBoard
 from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, Unit, Worker
@@ -107,6 +109,14 @@ class Workers:
             except self.ray.exceptions.RayTaskError as error:
                 raise _cause(error) from None
         raise MemvecError(f"workers die at start: {reason or 'no reason given'}")
+
+    def check_model(self, lm: FrozenLM) -> None:
+        """Raises MemvecError if the workers' model has other weights than `lm`."""
+        if not self.call(_fingerprint).matches(lm.fingerprint):
+            raise MemvecError(
+                f"the workers loaded {self.loading.name}, which has other weights than {lm.name}: "
+                "give both the same model."
+            )
 
     def share(self, waiting: int, batch_size: int) -> int:
         """Number of passages for the next unit, at least 1.
@@ -228,6 +238,10 @@ class Workers:
 
     def _replace(self, member: Member) -> None:
         self.members[self.members.index(member)] = self._hire()
+
+
+def _fingerprint(lm: FrozenLM) -> Fingerprint:
+    return lm.fingerprint
 
 
 def combined(progresses: Sequence[Progress]) -> Progress | None:
