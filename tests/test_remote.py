@@ -395,12 +395,13 @@ def test_each_document_is_cut_in_a_part_for_each_worker_if_it_is_long_enough(mon
     monkeypatch.setattr(cutting, "SECTION", 16)
     lm = reader("words")
     documents = [replace(Document.of(lm, "a"), ids=tuple(range(n))) for n in (50, 201, 60)]
-    units = list(cutting._units(3, Cutter(lm, bits=25.0, max_tokens=9), documents, 2))
-    assert [(unit.document, unit.first, unit.end) for unit in units] == [
+    parts = list(cutting._parts(3, documents))
+    assert parts == [
         (0, 0, 50), (1, 0, 67), (1, 67, 134), (1, 134, 201), (2, 0, 50), (2, 50, 60)
     ]  # fmt: skip
-    assert units[2].keys() == {(1, 67), (1, 83), (1, 99), (1, 115), (1, 131)}
-    left = units[2].without({(1, 67), (1, 83), (2, 0)})
+    unit = cutting._unit(Cutter(lm, bits=25.0, max_tokens=9), documents, parts[2], 2)
+    assert unit.keys() == {(1, 67), (1, 83), (1, 99), (1, 115), (1, 131)}
+    left = unit.without({(1, 67), (1, 83), (2, 0)})
     assert left.keys() == {(1, 99), (1, 115), (1, 131)}
     assert left.ids == tuple(range(99, 134 + 9 + 2))
 

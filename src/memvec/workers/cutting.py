@@ -82,24 +82,30 @@ def cut_lengths(
         workers.check_model(cutter.lm)
     if workers is None or cutter.bits is None or math.isinf(cutter.bits):
         return known
-    units = list(_units(workers.count, cutter, documents, min_tokens))
-    if len(units) > 1:
-        total = sum(unit.end - unit.first for unit in units)
-        waiting = iter(units)
-        for lengths in workers.stream(lambda: next(waiting, None), None):
+    parts = list(_parts(workers.count, documents))
+    if len(parts) > 1:
+        read, total = 0, sum(len(document.ids) for document in documents)
+        units = (_unit(cutter, documents, part, min_tokens) for part in parts)
+        for lengths in workers.stream(lambda: next(units, None), None):
             known |= lengths
-            on_share(min(1.0, sum(known.values()) / total))
+            read += sum(lengths.values())
+            on_share(min(1.0, read / total))
     return known
 
 
-def _units(
-    count: int, cutter: Cutter, documents: Sequence[Document], min_tokens: int
-) -> Iterator[Cutting]:
-    """At most `count` parts of each document."""
-    assert cutter.bits is not None
+def _parts(count: int, documents: Sequence[Document]) -> Iterator[tuple[int, int, int]]:
+    """(document, first token, end) of the parts: at most `count` of each document."""
     for i, document in enumerate(documents):
         size = max(PART, -(-len(document.ids) // count))
         for first in range(0, len(document.ids), size):
-            end = min(first + size, len(document.ids))
-            ids = tuple(document.ids[first : end + cutter.max_tokens + min_tokens])
-            yield Cutting(i, ids, first, end, cutter.bits, cutter.max_tokens, min_tokens)
+            yield i, first, min(first + size, len(document.ids))
+
+
+def _unit(
+    cutter: Cutter, documents: Sequence[Document], part: tuple[int, int, int], min_tokens: int
+) -> Cutting:
+    """A part as a unit, with the tokens that it needs."""
+    assert cutter.bits is not None
+    i, first, end = part
+    ids = tuple(documents[i].ids[first : end + cutter.max_tokens + min_tokens])
+    return Cutting(i, ids, first, end, cutter.bits, cutter.max_tokens, min_tokens)
