@@ -626,7 +626,7 @@ def test_a_worker_reports_once_a_second_and_the_seconds_of_all_are_added(monkeyp
         worker._report(state)
     assert reported == [("one", asdict(states[0])), ("one", asdict(states[2]))]
     assert combined(states[:3]).seconds == 6.0
-    # The board's own process does not import torch, which takes seconds and 300 MB.
+    # The board's own process does not import torch, which takes seconds of a core.
     program = (
         "import pickle, sys; made, reports = pickle.loads(sys.stdin.buffer.read())\n"
         "for report in reports: made.report(*report)\n"
