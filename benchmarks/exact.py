@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -302,6 +303,13 @@ def main() -> None:
                 for row in rows_of_length
             ]
             comparisons[name].append(comparison)
+            told = (
+                f"{row['side']} from {row['start']} {row['exact']} of {row['n']} exact, "
+                f"{row['exact_per_minute']:.2f} a minute"
+                for row in rows_of_length
+                if row["side"] != "paper"
+            )
+            print(f"{name}, {T} tokens: {'; '.join(told)}", file=sys.stderr, flush=True)
             if not comparison["finished"]:
                 print(f"{name}, {T} tokens: the paper's recipe finishes none of {comparison['n']}")
     report("exact", rows, options, **result_of(comparisons))
