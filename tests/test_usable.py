@@ -28,7 +28,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
 from memvec.cramming.starts import triggered as triggered_view
 from memvec.decoding import BATCH, decode_ids
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
 from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
@@ -734,6 +734,47 @@ def test_a_single_passage_can_be_used(crammed, passage):
     assert alone == greedy(lm, inputs, 4)
     with pytest.raises(MemvecError, match="no passage 7"):
         generate.use(lm, mems[0], "fox", passages=[7])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passage", [0, 1])
+def test_passages_that_are_not_chosen_are_not_decoded(crammed, passage, monkeypatch):
+    lm, (mem, *_) = crammed
+    expected, decoded = mem.tokens(lm)[passage], []
+
+    def counting(lm, vectors, lengths, **options):
+        decoded.append(vectors)
+        return decode_ids(lm, vectors, lengths, **options)
+
+    monkeypatch.setattr("memvec.vectors.decode_ids", counting)
+    assert generate.tokens_in_a_row(lm, [mem], [passage]) == expected
+    (rows,) = decoded
+    assert torch.equal(rows, mem.vectors[passage : passage + 1].float())
+
+
+@pytest.mark.slow
+def test_a_passage_that_is_exact_only_among_the_others_can_be_used(crammed, monkeypatch):
+    """The number of passages in a batch changes the rounding."""
+    lm, (mem, *_) = crammed
+    expected = mem.tokens(lm)
+    assert len(expected) > 1
+    whole = MemVectors.decode_passages
+
+    def other_rounding(self, lm, *, force=False):
+        ids = whole(self, lm, force=force)
+        return ids if len(ids) == len(expected) else [[token + 1 for token in i] for i in ids]
+
+    monkeypatch.setattr(MemVectors, "decode_passages", other_rounding)
+    assert generate.tokens_in_a_row(lm, [mem], [1]) == expected[1]
+
+
+@pytest.mark.slow
+def test_a_chosen_passage_that_is_not_exact_is_named_by_its_number_in_the_file(crammed):
+    lm, (mem, *_) = crammed
+    records = [p.model_copy(update={"sha256": "0" * 64}) for p in mem.passages]
+    header = mem.header.model_copy(update={"passages": records})
+    with pytest.raises(NotExactError, match=r"^passage 1 did not come back"):
+        generate.tokens_in_a_row(lm, [MemVectors(mem.vectors, header, mem.soft)], [1])
 
 
 # ---------------------------------------------------------------------- bad input

@@ -485,6 +485,15 @@ def test_swapped_vectors_are_not_exact_and_give_no_text(mem):
     assert certificate["exact_passages"] == sum(exact) < len(exact)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_lists_of_tokens_are_as_many_as_passages(mem, more):
+    P = len(mem.passages)
+    with pytest.raises(MemvecError, match=rf"list for each passage \({P} here\), not "):
+        mem.checked([[0]] * (P + more))
+    with pytest.raises(MemvecError, match=r"list for each passage \(1 here\), not 2\.$"):
+        mem.checked([[0], [0]], [1])
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 64), (2, 64)])
 def test_vectors_need_a_set_for_each_passage(mem, shape):
     with pytest.raises(MemvecError, match=r"shape \(P, K, D\)"):

@@ -182,12 +182,19 @@ class MemVectors:
         """
         return self.checked(self.decode_passages(lm, force=force))
 
-    def checked(self, decoded: list[list[int]]) -> list[list[int]]:
-        """`decoded`, the token ids of every passage.
+    def checked(
+        self, decoded: list[list[int]], passages: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """`decoded`, the token ids of every passage, or of the passages of these numbers.
 
-        Raises NotExactError if the hash of a passage differs, so that wrong text is never returned.
+        Raises NotExactError if the hash of a passage differs, so that wrong text is never returned,
+        and MemvecError for another number of lists than of passages.
         """
-        for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
+        numbers = range(len(self.passages)) if passages is None else passages
+        if (n := len(decoded)) != len(numbers):
+            raise MemvecError(f"tokens are a list for each passage ({len(numbers)} here), not {n}.")
+        for i, ids in zip(numbers, decoded, strict=True):
+            record = self.passages[i]
             if ids_hash(ids) != record.sha256:
                 raise NotExactError(
                     f"passage {i} did not come back: its tokens do not hash to what was crammed "
@@ -204,7 +211,8 @@ class MemVectors:
         """
         self.check_model(lm, force=force)
         lm = self.view(lm)
-        longest = max((p.tokens for p in self.passages), default=0)
+        lengths = [p.tokens for p in self.passages]
+        longest = max(lengths, default=0)
         rule: StartRule = self.header.start_rule
         inputs = longest + lm.inputs_before(self.vectors.shape[1], rule)
         if lm.context is not None and inputs > lm.context:
@@ -213,14 +221,8 @@ class MemVectors:
         last_id = lm.vocab_size - 1
         first = [min(p.first or 0, last_id) for p in self.passages]
         listed = [[(at, min(token, last_id)) for at, token in p.corrections] for p in self.passages]
-        return decode_ids(
-            lm,
-            self.vectors.float(),
-            [p.tokens for p in self.passages],
-            start=rule,
-            first=first if rule == "first-token" else None,
-            corrections=listed,
-        )
+        rows = self.vectors.float()
+        return decode_ids(lm, rows, lengths, start=rule, first=first, corrections=listed)
 
     def view(self, lm: FrozenLM) -> FrozenLM:
         """A view of the model with the header's layout, space, front, trigger and context scale.

@@ -6,6 +6,7 @@ The vectors of all passages, in order, replace the text in front of the prompt. 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.companions.around import front_rows
-from memvec.errors import MemvecError, check_minimum, check_type
+from memvec.errors import MemvecError, NotExactError, check_minimum, check_type
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.usable.certificate import check_usable
@@ -193,9 +194,25 @@ def tokens_in_a_row(
     """
     ids: list[int] = []
     for file in files:
-        chosen, tokens = _chosen(lm, file, passages, force), file.tokens(lm, force=force)
-        ids += [token for i in chosen for token in tokens[i]]
+        chosen = _chosen(lm, file, passages, force)
+        ids += [token for tokens in _decoded(lm, file, chosen, force) for token in tokens]
     return ids
+
+
+def _decoded(lm: FrozenLM, mem: MemVectors, chosen: Sequence[int], force: bool) -> list[list[int]]:
+    """Token ids of the chosen passages of a file; the others are not decoded.
+
+    The number of passages in a batch changes the rounding. If a passage is not exact for that
+    reason, all are decoded in the batches in which they were certified.
+    """
+    if len(chosen) < len(mem.passages):
+        records = [mem.passages[i] for i in chosen]
+        header = mem.header.model_copy(update={"passages": records})
+        part = MemVectors(mem.vectors[list(chosen)], header, mem.soft)
+        with contextlib.suppress(NotExactError):
+            return mem.checked(part.decode_passages(lm, force=force), chosen)
+    decoded = mem.decode_passages(lm, force=force)
+    return mem.checked([decoded[i] for i in chosen], chosen)
 
 
 def in_a_row(
