@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -543,3 +544,44 @@ def test_an_earlier_export_is_kept_if_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.undo()
     export(lm, mem, target_of("npy"), tmp_path / "x", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+class Killed(BaseException):
+    """The end of a process: after it, no rename has an effect."""
+
+
+def test_an_earlier_export_is_found_again_after_a_kill_between_two_renames(tmp_path, monkeypatch):
+    lm, out = tiny("llama"), tmp_path / "x"
+    mem = crammed(lm)
+    export(lm, mem, target_of("npy"), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    replace_path = Path.replace
+
+    def killed(self, target):
+        if self != out:  # only the first rename, of the earlier export, is done
+            raise Killed
+        return replace_path(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(Killed):
+        export(lm, mem, target_of("peft"), out, force=True)
+    monkeypatch.undo()
+    assert not out.exists()
+    with pytest.raises(MemvecError, match="force=True"):
+        export(lm, mem, target_of("peft"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_earlier_export_that_a_killed_run_was_deleting_is_no_obstacle(tmp_path, monkeypatch):
+    lm, out = tiny("llama"), tmp_path / "x"
+    mem = crammed(lm)
+    export(lm, mem, target_of("npy"), out)
+    delete = shutil.rmtree
+    monkeypatch.setattr("memvec.export.folder.shutil.rmtree", lambda *_, **__: None)
+    export(lm, mem, target_of("npy"), out, force=True)
+    monkeypatch.setattr("memvec.export.folder.shutil.rmtree", delete)
+    assert len(list(tmp_path.iterdir())) == 2
+    export(lm, mem, target_of("peft"), out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert json.loads((out / "manifest.json").read_text())["target"] == "peft"

@@ -12,6 +12,7 @@ is not exact remains on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,11 +110,15 @@ def write_folder(
 
 
 def _put_in_place(finished: Path, output: Path) -> None:
-    """Rename a finished folder to `output`, then delete the earlier export there."""
+    """Rename a finished folder to `output`, then delete the earlier export there.
+
+    Between the two renames the earlier export has a name that `_restore` knows.
+    """
     if not output.exists():
         finished.replace(output)
         return
-    earlier = temporary_name(output)
+    earlier = _name_of_earlier(output)
+    shutil.rmtree(earlier, ignore_errors=True)  # a run was killed while it deleted it
     try:
         output.replace(earlier)
         finished.replace(output)
@@ -124,6 +129,19 @@ def _put_in_place(finished: Path, output: Path) -> None:
     finally:
         if output.exists():  # else the earlier one is the only one
             shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _name_of_earlier(output: Path) -> Path:
+    """The name of an earlier export while another one takes its place."""
+    return output.with_name(f".{output.name}.earlier")
+
+
+def _restore(output: Path) -> None:
+    """Rename an earlier export back to `output`, if a run was killed between two renames."""
+    earlier = _name_of_earlier(output)
+    if not output.exists() and _is_export(earlier):
+        with contextlib.suppress(OSError):  # nothing can be written there, which is said later
+            earlier.replace(output)
 
 
 def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
@@ -153,11 +171,13 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
 def check_place(output: str | os.PathLike[str], force: bool) -> None:
     """Raise MemvecError if an export cannot be written to `output`.
 
-    It needs no model, so that it can run before one is loaded.
+    It needs no model, so that it can run before one is loaded. An earlier export that a killed run
+    left without its name gets it back.
     """
     output = path_of(output)
     if not output.parent.is_dir():
         raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
+    _restore(output)
     if not output.exists():
         return
     if not _is_export(output):
