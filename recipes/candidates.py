@@ -37,6 +37,8 @@ from environment import in_environment
 from evaluate import context_gain, horizon, longest, one_pass
 from export import export
 from kept import refuse_others, write
+from memvec.errors import MemvecError
+from program import run_program
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
 # (K, tokens of a passage) at which the one-pass encoder is measured.
@@ -46,11 +48,11 @@ SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
 
 
 def tables_of(path: Path) -> dict[str, dict]:
-    """The tables of a TOML file. Ends the program if it cannot be read."""
+    """The tables of a TOML file. Raises MemvecError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SystemExit(f"--spec {path}: {error}; name a TOML file of training runs") from None
+        raise MemvecError(f"--spec {path}: {error}; name a TOML file of training runs.") from None
 
 
 def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
@@ -63,7 +65,7 @@ def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
 
     def fields_of(name: str) -> dict:
         if name not in tables:
-            raise SystemExit(f"{path.name}: same_as = '{name}', but there is no [{name}]")
+            raise MemvecError(f"{path.name}: same_as = '{name}', but there is no [{name}].")
         table = tables[name]
         inherited = fields_of(table["same_as"]) if "same_as" in table else {}
         return {**inherited, **{key: value for key, value in table.items() if key != "same_as"}}
@@ -73,7 +75,7 @@ def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
         fields = {**base, **fields_of(name)}
         unknown = fields.keys() - FIELDS - {"memory"}
         if unknown:
-            raise SystemExit(f"{path.name}: [{name}] has no field '{min(unknown)}'")
+            raise MemvecError(f"{path.name}: [{name}] has no field '{min(unknown)}'.")
         if minutes:
             fields["minutes"] = minutes
         for key in SCALED:
@@ -162,7 +164,7 @@ def measure(name: str, folder: Path, fields: dict, args, streams) -> list[dict]:
 
 
 def refuse_other_rows(path: Path, args) -> None:
-    """End the program if rows of the table were measured with other options."""
+    """Raise MemvecError if rows of the table were measured with other options."""
     remedy = f"give these options, or delete {path} to measure again"
     rows = json.loads(path.read_text())
     asked = {"steps": args.cram_steps, "n": args.passages}
@@ -221,9 +223,9 @@ def arguments(description: str, program: Path) -> argparse.ArgumentParser:
 
 
 def chosen_names(args, known) -> list[str]:
-    """The names in --only, or all names in --spec; ends the program if --spec lacks one."""
+    """The names in --only, or all names in --spec; raises MemvecError if --spec lacks one."""
     if unknown := set(args.only or ()) - set(known):
-        raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(known)}")
+        raise MemvecError(f"--only {min(unknown)}: {args.spec.name} has {', '.join(known)}.")
     return args.only or list(known)
 
 
@@ -273,4 +275,4 @@ def main():
 
 if __name__ == "__main__":
     in_environment()
-    main()
+    run_program(main)

@@ -26,6 +26,7 @@ from candidates import arguments, chosen_names
 from corpus import prepare
 from environment import in_environment
 from kept import refuse_others, write
+from program import run_program
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
 
@@ -81,4 +82,4 @@ def main():
 
 if __name__ == "__main__":
     in_environment()
-    main()
+    run_program(main)

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kept import digest, refuse_others, write
+from memvec.errors import MemvecError
 
 BOS, EOS = 0, 1
 VOCABULARY = "tokenizer.json"
@@ -36,17 +37,17 @@ def read_texts(path: Path) -> pd.DataFrame:
         frame = pd.DataFrame({"name": [f.stem for f in files], "text": texts})
     else:
         if not path.exists():
-            raise SystemExit(f"there is no {path}: give --corpus, a parquet file or a folder")
+            raise MemvecError(f"there is no {path}: give --corpus, a parquet file or a folder.")
         frame = pd.read_parquet(path)
         if "text" not in frame:
-            raise SystemExit(f"--corpus {path}: no column 'text'; it has {list(frame.columns)}")
+            raise MemvecError(f"--corpus {path}: no column 'text'; it has {list(frame.columns)}.")
         frame["name"] = frame["novel"] if "novel" in frame else frame.index.astype(str)
     if "split" not in frame:
         digests = [hashlib.sha256(str(name).encode()).digest()[0] for name in frame["name"]]
         frame["split"] = ["valid" if digest < 16 else "train" for digest in digests]
     for split in ("train", "valid"):
         if not (frame["split"] == split).any():
-            raise SystemExit(f"--corpus {path}: no text in split '{split}'; give more texts")
+            raise MemvecError(f"--corpus {path}: no text in split '{split}'; give more texts.")
     return frame[["name", "split", "text"]]
 
 
@@ -92,10 +93,10 @@ def _made_of(corpus: Path, vocabulary: Path, vocab_size: int) -> dict:
 
 
 def _refuse_other_text(corpus: Path, work: Path, vocab_size: int) -> None:
-    """End the program if the streams in `work` are not those of this corpus and vocabulary."""
+    """Raise MemvecError if the streams in `work` are not those of this corpus and vocabulary."""
     record = work / "text.json"
     if not record.exists():
-        raise SystemExit(
+        raise MemvecError(
             f"{work} does not say of which corpus its text is: delete train.npy and valid.npy "
             "there to make them again of the same one, or use another --work."
         )

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memvec.errors import MemvecError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,7 +46,7 @@ class Shape:
 
     def __post_init__(self):
         if self.norm not in ("before", "after"):
-            raise SystemExit(f"norm must be 'before' or 'after', not '{self.norm}'")
+            raise MemvecError(f"norm must be 'before' or 'after', not '{self.norm}'.")
 
     def config(self):
         """The same shape as a transformers configuration: LlamaConfig or Olmo2Config."""

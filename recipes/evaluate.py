@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from corpus import generator, ordinary_batch, read_texts, tokenized, windows
+from memvec.errors import MemvecError
 from memvec.statistics import bootstrap_mean, share_interval
+from program import run_program
 
 
 def interval(values) -> tuple[float, float, float]:
@@ -63,13 +65,13 @@ def held_out(lm, corpus: Path | None, work: Path) -> torch.Tensor:
         ids = tokenized(lm.tokenizer.backend_tokenizer, texts)
     elif (path := work / "valid.npy").exists():
         if lm.tokenizer is None or lm.tokenizer.get_vocab() != pieces_of(work / "tokenizer.json"):
-            raise SystemExit(
+            raise MemvecError(
                 f"{path} has ids of another tokenizer than {lm.name}'s: give --corpus, or the "
-                "--work where that model was trained"
+                "--work where that model was trained."
             )
         ids = np.load(path)
     else:
-        raise SystemExit(f"there is no {path}: give --corpus, or run recipes/pocket.py first")
+        raise MemvecError(f"there is no {path}: give --corpus, or run recipes/pocket.py first.")
     return torch.from_numpy(ids.astype(np.int64))
 
 
@@ -221,15 +223,11 @@ def main():
     )
     args = parser.parse_args()
 
-    from memvec import MemvecError, load_lm
+    from memvec import load_lm
     from memvec.cli.common import recipe_of
 
-    try:
-        recipe = recipe_of("default", args.set, start=args.start)
-        lm = load_lm(args.model, device=args.device, encoder=args.encoder)
-    except MemvecError as error:
-        print(f"memvec: {error}", file=sys.stderr)
-        sys.exit(2)
+    recipe = recipe_of("default", args.set, start=args.start)
+    lm = load_lm(args.model, device=args.device, encoder=args.encoder)
     stream = held_out(lm, args.corpus, args.work)
     if "one-pass" in args.parts and lm.encoder is None:
         print(f"{lm.name} has no encoder, so the part one-pass is left out", file=sys.stderr)
@@ -257,4 +255,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

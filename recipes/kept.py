@@ -1,12 +1,14 @@
 """Records of the options with which the contents of --work were made.
 
-A program that finds contents of other options in --work ends, so that results of different options
-are never joined. Other programs import this module; it is not run.
+Contents of other options in --work are an error, so that results of different options are never
+joined. Other programs import this module; it is not run.
 """
 
 import hashlib
 import json
 from pathlib import Path
+
+from memvec.errors import MemvecError
 
 
 def digest(path: Path) -> str:
@@ -29,7 +31,7 @@ def write(path: Path, record: dict) -> None:
 
 
 def refuse_others(what: str, record: dict, requested: dict, remedy: str) -> None:
-    """End the program if a field of `record` differs from that in `requested`.
+    """Raise MemvecError if a field of `record` differs from that in `requested`.
 
     `what` names the recorded thing, and `remedy` says what to do. A field that the record lacks was
     added to the program later, and is not compared.
@@ -37,4 +39,4 @@ def refuse_others(what: str, record: dict, requested: dict, remedy: str) -> None
     requested = json.loads(json.dumps(requested))
     for name, value in requested.items():
         if record.get(name, value) != value:
-            raise SystemExit(f"{what} has {name} {record[name]}, not {value}: {remedy}.")
+            raise MemvecError(f"{what} has {name} {record[name]}, not {value}: {remedy}.")

@@ -55,6 +55,8 @@ from corpus import generator, ordinary_batch, prepare
 from decoder import Shape
 from export import export
 from losses import text_loss
+from memvec.errors import MemvecError
+from program import run_program
 from recipe import Recipe
 from run import Run
 from steps import settle, train_step
@@ -105,8 +107,8 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
                 collect(settle(run))
                 loss = valid_loss(run, streams["valid"])
                 if not math.isfinite(loss):
-                    raise SystemExit(
-                        f"{name}: the loss is {loss} after step {run.step}; lower the rates"
+                    raise MemvecError(
+                        f"{name}: the loss is {loss} after step {run.step}; lower the rates."
                     )
                 print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
                 run.save(work / f"{name}.pt")
@@ -190,12 +192,14 @@ def main():
     elif args.twin:
         trunk = args.work / "trunk.pt"
         if not trunk.exists():
-            raise SystemExit(f"--twin: there is no {trunk}: train the model first, without --twin.")
+            raise MemvecError(
+                f"--twin: there is no {trunk}: train the model first, without --twin."
+            )
         run.load(trunk, trunk=True)
     elif args.begin:
         run.begin_with(args.begin)
     elif args.export_only:
-        raise SystemExit(f"--export-only: there is no checkpoint {args.work / name}.pt.")
+        raise MemvecError(f"--export-only: there is no checkpoint {args.work / name}.pt.")
     print(
         f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens"
@@ -211,4 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from memvec.cli.app import app
+from memvec.cli.app import run
 
 OPTIONS = {
     "slots": 4,
@@ -62,4 +62,4 @@ def command(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = command(sys.argv[1:])
-    app()
+    run()

@@ -14,6 +14,7 @@ from decoder import Decoder, Shape
 from encoder import Encoder
 from graphs import Graphs
 from lengths import Lengths
+from memvec.errors import MemvecError
 from optimizers import optimizers_of
 from recipe import Recipe
 
@@ -80,7 +81,7 @@ class Run:
         aside.replace(path)
 
     def load(self, path: Path, trunk: bool = False):
-        """Continue from a checkpoint. Ends the program if it is of another shape or recipe.
+        """Continue from a checkpoint. Raises MemvecError if it is of another shape or recipe.
 
         With `trunk` only the fields that the trunk depends on must be the same.
         """
@@ -91,7 +92,7 @@ class Run:
         made_with = state["shape"] | state["recipe"]
         for name, value in choices.items():
             if made_with.get(name, value) != value:  # fields added since then are not compared
-                raise SystemExit(
+                raise MemvecError(
                     f"{path} was made with --{name.replace('_', '-')} {made_with[name]}, not "
                     f"{value}: use another --work."
                 )
@@ -101,7 +102,7 @@ class Run:
             for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 opt.load_state_dict(saved)
         except (RuntimeError, ValueError) as error:
-            raise SystemExit(
+            raise MemvecError(
                 f"{path} is of another shape or recipe: use another --work."
             ) from error
         lengths = self.lengths
@@ -119,9 +120,9 @@ class Run:
             self.model.load_state_dict(weights)
             self.encoder.load_state_dict(encoder)
         except FileNotFoundError as error:
-            raise SystemExit(f"--begin {folder}: it has no model and encoder.") from error
+            raise MemvecError(f"--begin {folder}: it has no model and encoder.") from error
         except RuntimeError as error:
-            raise SystemExit(f"--begin {folder}: that model has another shape.") from error
+            raise MemvecError(f"--begin {folder}: that model has another shape.") from error
 
     def half_width(self):
         """A context in which products are computed in bfloat16; weights stay float32."""

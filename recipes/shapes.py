@@ -38,6 +38,8 @@ from encoder import Encoder
 from environment import in_environment
 from evaluate import horizon
 from kept import refuse_others
+from memvec.errors import MemvecError
+from program import run_program
 
 MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # shares of the training
 
@@ -65,7 +67,7 @@ def read(path: Path) -> dict[str, Plan]:
     """Name of each model → its plan; fields that a table does not have are those of [base]."""
     tables = tables_of(path)
     if "base" not in tables:
-        raise SystemExit(f"{path.name} has no table [base]")
+        raise MemvecError(f"{path.name} has no table [base].")
     base = tables["base"]
     plans = {}
     for name, table in tables.items():
@@ -77,9 +79,9 @@ def read(path: Path) -> dict[str, Plan]:
         try:
             plans[name] = Plan(**{**base, **table, "config": config})
         except TypeError as error:
-            raise SystemExit(f"{path.name}: [{name}]: {error}") from None
+            raise MemvecError(f"{path.name}: [{name}]: {error}.") from None
         if plans[name].bos_share not in (0, 0.5):  # `ordinary_batch` gives half of them <s>
-            raise SystemExit(f"{path.name}: [{name}]: bos_share must be 0 or 0.5")
+            raise MemvecError(f"{path.name}: [{name}]: bos_share must be 0 or 0.5.")
     return plans
 
 
@@ -227,7 +229,7 @@ def options_of(args) -> dict:
 
 
 def refuse_other_rows(rows: list[dict], names: list[str], plans: dict[str, Plan], args) -> None:
-    """End the program if a row of the table was measured with other options."""
+    """Raise MemvecError if a row of the table was measured with other options."""
     for row in rows:
         what, remedy = f"{row['model']} in shapes.jsonl", "use another --work"
         refuse_others(what, row, options_of(args), remedy)
@@ -305,4 +307,4 @@ def main():
 
 if __name__ == "__main__":
     in_environment()
-    main()
+    run_program(main)

