@@ -579,6 +579,34 @@ def test_the_check_notices_an_extra_that_is_no_measurement(
     assert any(f"extra is stored as {extra}" in s for s in check_study(tmp_path / "out")["wrong"])
 
 
+@pytest.mark.parametrize("error", [IndexError, ZeroDivisionError])
+def test_the_check_goes_on_after_an_extra_that_nothing_can_be_computed_with(
+    two_rows: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def failing(*_: object) -> list[object]:
+        raise error("of it")
+
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.protocols.geometry.Geometry.recompute", failing)
+    wrong = check_study(two_rows)["wrong"]
+    assert len(wrong) == 2
+    assert all(f"its recompute fails ({error.__name__}: of it)" in s for s in wrong)
+
+
+def test_the_check_shows_the_beginning_of_a_long_extra(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    shutil.copytree(two_rows, tmp_path / "out")
+    db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
+    db.execute("UPDATE rows SET extra = ?", ("[" * 100_000,))
+    db.commit()
+    db.close()
+    said = [s for s in check_study(tmp_path / "out")["wrong"] if "extra is stored as [[[" in s]
+    assert said
+    assert all(len(s) < 500 for s in said)
+
+
 @pytest.mark.parametrize("column", COLUMNS)
 def test_the_check_notices_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str

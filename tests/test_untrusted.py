@@ -23,7 +23,7 @@ from memvec.engines.folder import config_of
 from memvec.errors import MemvecError
 from memvec.export.folder import write_folder
 from memvec.journal import Journal
-from memvec.lab.report.report import FILES, delete_others
+from memvec.lab.report.report import FILES, delete_others, write_report
 from memvec.lab.report.table import Table
 from memvec.lab.sources.text_readers import read_texts
 from memvec.lab.study.export import export_rows
@@ -245,6 +245,20 @@ def test_a_value_out_of_range_or_of_another_form_is_refused(study, tmp_path, tab
     copy = falsified(study, tmp_path / "copy", f"UPDATE {table} SET {column} = ?", value)
     with pytest.raises(MemvecError, match=r"damaged|does not hold|cannot be read"):
         opened(copy)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["{", "null", DEEP, '{"after_context": null}', '{"after_context": {"4": []}}'],
+    ids=lambda value: repr(value)[:12],
+)
+def test_a_report_refuses_extra_measurements_that_no_study_writes(study, tmp_path, extra):
+    only = "UPDATE cells SET planned = 0 WHERE protocol != ?"
+    first = falsified(study, tmp_path / "first", only, "context")
+    write_report(first, tmp_path / "report", figures=False)
+    copy = falsified(first, tmp_path / "copy", "UPDATE rows SET extra = ?", extra)
+    with pytest.raises(MemvecError, match=r"has values that no report can be made of.* names rows"):
+        write_report(copy, tmp_path / "report", figures=False)
 
 
 def test_a_symbolic_link_among_the_vectors_is_not_written_through(tmp_path):

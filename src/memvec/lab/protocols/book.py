@@ -9,7 +9,6 @@ over blocks. Where every block is exact, the vectors of the blocks hold the whol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from memvec.lab.sources.book import Block
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.statistics import Interval, bootstrap_mean, share_interval
+from memvec.writing import read_json
 
 
 class Book(Protocol):
@@ -49,7 +49,7 @@ class Book(Protocol):
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         lines: list[TableLine] = []
         for (model, source, length, K), group in by_length(data.of(self.name)):
-            whole = json.loads(group["extra"].iloc[0])["book_tokens"]
+            whole = read_json(group["extra"].iloc[0])["book_tokens"]
             per_vector = tokens_per_vector(group)
             exact = share_interval(int((group["exact"] == 1).sum()), len(group))
             line: TableLine = [

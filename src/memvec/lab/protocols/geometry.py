@@ -8,7 +8,6 @@ line between two solutions of one text. Restarts are the seeds of the run, so th
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +28,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
 from memvec.statistics import mean_interval
+from memvec.writing import read_json
 
 POINTS = 11  # on the straight line, both ends included
 MAX_SOLUTIONS = 400  # of a group, for cosines and components
@@ -178,7 +178,7 @@ def paths(data: Data, group: pd.DataFrame) -> Iterator[list[float]]:
     query = "SELECT first, second, number, accuracy FROM paths"
     for first, second, number, text in data.store.db.execute(query):
         if first in cells and second in cells and number in numbers:
-            yield json.loads(text)
+            yield read_json(text)
 
 
 def _densities(within: NDArray[np.float64], between: NDArray[np.float64]) -> list[Series]:

@@ -10,7 +10,6 @@ also timed: one forward pass against token-by-token decoding (`throughput.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ from memvec.statistics import (
     ratio_of_means,
     share_interval,
 )
+from memvec.writing import read_json
 
 THRESHOLD = 0.99
 
@@ -133,7 +133,7 @@ class OneStep(Protocol):
         Restarts are averaged. Stores of an earlier memvec have no times.
         """
         rows = data.restarts(self.name)
-        times = [json.loads(extra).get("decode_seconds") for extra in rows["extra"]]
+        times = [read_json(extra).get("decode_seconds") for extra in rows["extra"]]
         kept = [pair for pair in times if pair is not None]
         timed = rows[np.array([pair is not None for pair in times], dtype=bool)].assign(
             once=[float(once) for once, _ in kept], one_by_one=[float(s) for _, s in kept]

@@ -19,7 +19,6 @@ Ray workers import only the modules that `memvec.plugins` entry points name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import Layout, Reading, StartRule, reading_named
 from memvec.passages.passage import Passage
-from memvec.writing import path_of
+from memvec.writing import path_of, read_json
 
 
 class Options(BaseModel):
@@ -274,7 +273,7 @@ def extra_of(rows: pd.DataFrame, protocol: str, name: str) -> list[Any]:
 
     Raises MemvecError for rows of an earlier memvec that lack it.
     """
-    extras = [json.loads(extra) for extra in rows["extra"]]
+    extras = [read_json(extra) for extra in rows["extra"]]
     if any(name not in extra for extra in extras):
         raise MemvecError(
             f"rows of protocol '{protocol}' have no '{name}': an earlier memvec measured something "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from memvec.statistics import (
     share_interval,
 )
 from memvec.usable.contexts import FULL, NONE, VECTORS
+from memvec.writing import read_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Group(NamedTuple):
 def groups_of(rows: pd.DataFrame) -> Iterator[Group]:
     """The groups of a protocol's rows, in the order of the spec."""
     for key, part in by_length(rows):
-        yield Group(*key, part, [json.loads(extra) for extra in part["extra"]])
+        yield Group(*key, part, [read_json(extra) for extra in part["extra"]])
 
 
 def cards(rows: pd.DataFrame) -> list[Card]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from memvec.errors import MemvecError, first_line
 from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data
 from memvec.lab.report.figures import draw_all
@@ -38,10 +40,11 @@ def write_report(
     """Write tables/, figures/ and index.html of the study in `folder` under `out`.
 
     `compare` puts published values beside ours. Tables and figures that an earlier report wrote
-    there and this one has not are deleted. Raises MemvecError for a study without rows.
+    there and this one has not are deleted. Raises MemvecError for a study without rows, and for
+    values that no study writes.
     """
     out = path_of(out)
-    with Store(folder) as store:
+    with Store(folder) as store, _computing_with(store):
         data = read_data(store)
         tables = all_tables(data, compare=compare)
         plots = all_plots(data, compare=compare)
@@ -57,6 +60,22 @@ def write_report(
     names += [f"figures/{plot.key}" for plot in plots if figures]
     delete_others(out, names)
     return Report(page, tables)
+
+
+@contextlib.contextmanager
+def _computing_with(store: Store) -> Iterator[None]:
+    """Raise MemvecError for stored values that nothing can be computed with.
+
+    A protocol knows what its extra measurements are, and a folder may come from anybody.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise MemvecError(
+            f"{store.file} has values that no report can be made of ({type(error).__name__}: "
+            f"{first_line(error):.200}): 'memvec study check {store.folder}' names rows that were "
+            "changed."
+        ) from error
 
 
 def delete_others(out: Path, names: list[str]) -> None:

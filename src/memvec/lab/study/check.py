@@ -275,9 +275,10 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
         measured = [value for value in repeated if value not in (None, [], {})]
         if measured and not compared and _is_recomputed(maker):
             raise ValueError("it compares nothing")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = f", or its recompute fails ({type(error).__name__}: {error})" if str(error) else ""
-        return [f"extra is stored as {stored}, which protocol '{protocol}' does not write{why}."]
+        shown = f"{stored:.200}"
+        return [f"extra is stored as {shown}, which protocol '{protocol}' does not write{why}."]
     for c in compared:
         pairs = zip(c.stored, c.recomputed, strict=False)
         gaps = [abs(float(a) - float(b)) for a, b in pairs]
