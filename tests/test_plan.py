@@ -190,6 +190,33 @@ def test_the_options_of_the_command_are_those_of_the_plan(command, folder, tmp_p
     assert asked["recipe"].steps == 7
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--steps", 7),
+        ("--space", "prefix"),
+        ("--space", "prefix", "--steps", 7, "--set", "margin=0.5"),
+        ("--space", "inputs", "--preset", "paper"),
+    ],
+)
+def test_a_plan_has_the_recipe_that_cram_has_for_the_same_words(
+    command, folder, tmp_path, monkeypatch, words
+):
+    recipes = []
+
+    def noted(*_, recipe, **__):
+        recipes.append(recipe)
+        raise MemvecError("noted.")
+
+    monkeypatch.setattr("memvec.lab.plan.plan", noted)
+    monkeypatch.setattr("memvec.codec.cram", noted)
+    (text := tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
+    for verb in ("plan", "cram"):
+        assert command(verb, text, "-m", folder, *words).err.endswith("noted.\n")
+    planned, crammed = recipes
+    assert planned == crammed != Recipe()
+
+
 def test_no_total_of_a_plan_is_below_zero(capsys):
     """The symmetric interval of few passages may begin below 0; it is printed from 0."""
     lm = reader()
@@ -210,6 +237,7 @@ def test_no_total_of_a_plan_is_below_zero(capsys):
         (["--seed", 2**64], "--seed must fit 64 bits"),
         (["--tokens", 9999], "9999 tokens do not fit the context"),
         (["--preset", "papr"], "unknown preset 'papr'"),
+        (["--steps", 7, "--set", "steps=8"], "steps is given by --set and by its option"),
     ],
 )
 def test_bad_input_is_one_sentence(command, folder, tmp_path, changes, sentence):

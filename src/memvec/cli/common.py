@@ -15,6 +15,7 @@ import typer
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.recipe_effect import check_effect
+from memvec.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -118,6 +119,11 @@ def open_file(file: str, choice: ModelChoice) -> tuple[MemVectors, FrozenLM]:
         options=options,
     )
     return mem, choice.load()
+
+
+def preset_of(preset: str, space: str | None) -> str:
+    """The preset, or instead of the default one that of the space, if there is one of its name."""
+    return space if preset == "default" and space in BUILT_IN["preset"] else preset
 
 
 def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Recipe:

@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, account, assigned, check_target, recipe_of, renamed_seats
+from memvec.cli.common import (
+    ModelChoice,
+    account,
+    assigned,
+    check_target,
+    preset_of,
+    recipe_of,
+    renamed_seats,
+)
 from memvec.cli.expected import counted
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
-from memvec.registry import BUILT_IN
 from memvec.writing import path_of, pretty_json
 
 if TYPE_CHECKING:
@@ -48,15 +55,8 @@ SharedM = Annotated[
         "together, so they depend on each other, and an interrupted run starts again.",
     ),
 ]
-Space = Annotated[
-    str | None,
-    typer.Option(
-        "--space", help=options.recipe_help("space", "; the preset of this name, if there is one")
-    ),
-]
 Layer = Annotated[int | None, typer.Option("--layer", help=options.recipe_help("layer"))]
 Margin = Annotated[float | None, typer.Option(help=options.recipe_help("margin"))]
-Steps = Annotated[int | None, typer.Option(help=options.recipe_help("steps"))]
 Corrections = Annotated[int | None, typer.Option(help=options.recipe_help("corrections"))]
 Start = Annotated[str | None, typer.Option(help=options.recipe_help("start"))]
 StartRule = Annotated[str | None, typer.Option(help=options.recipe_help("start_rule"))]
@@ -88,11 +88,11 @@ def cram(
     tokens: options.Tokens = None,
     one_step: OneStep = False,
     shared_m: SharedM = False,
-    space: Space = None,
+    space: options.Space = None,
     layer: Layer = None,
     preset: options.Preset = "default",
     margin: Margin = None,
-    steps: Steps = None,
+    steps: options.Steps = None,
     corrections: Corrections = None,
     start: Start = None,
     encoder: options.Encoder = None,
@@ -218,8 +218,7 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
     if not usable and fields["term_weight"] is None:
         if fields["trigger"] or fields["queries"]:
             raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
-        has_preset = preset == "default" and fields["space"] in BUILT_IN["preset"]
-        return fields["space"] if has_preset else preset
+        return preset_of(preset, fields["space"])
     if preset not in ("default", *FOR_USE):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
     check_minimum(0.0, use_weight=fields["term_weight"])

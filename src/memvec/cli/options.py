@@ -107,6 +107,13 @@ Tokens = Annotated[
 Preset = Annotated[
     str, typer.Option(help=f"Recipe: {', '.join(BUILT_IN['preset'])}, or one of a plug-in.")
 ]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        "--space", help=recipe_help("space", "; the preset of this name, if there is one")
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help=recipe_help("steps"))]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field of the recipe, e.g. --set temperature=0.5."),

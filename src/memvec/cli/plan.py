@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, check_seed, preset_of, recipe_of, renamed_seats
 from memvec.cli.expected import duration, number_of
 from memvec.errors import MemvecError, check_minimum
 from memvec.writing import pretty_json
@@ -29,7 +29,9 @@ def plan(
     vectors: options.Vectors = 1,
     tokens: options.Tokens = None,
     sample: Sample = 32,
+    space: options.Space = None,
     preset: options.Preset = "default",
+    steps: options.Steps = None,
     set_: options.Set = None,
     storage: options.StorageFormat = options.Storage.float32,
     batch_size: options.BatchSize = None,
@@ -44,7 +46,7 @@ def plan(
     json: options.Json = False,
 ) -> None:
     """Estimate the vectors, bytes and minutes that a text will take, from a sample of it."""
-    recipe = recipe_of(preset, set_)
+    recipe = recipe_of(preset_of(preset, space), set_, space=space, steps=steps)
     if preset == "one-step":
         raise MemvecError("plan is for vectors that decode token by token, not for one step.")
     batch_size = renamed_seats(batch_size, seats)
