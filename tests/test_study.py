@@ -707,6 +707,9 @@ def test_the_check_notices_falsified_tensors_texts_lines_and_cells(
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {
         "UPDATE paths SET accuracy = replace(accuracy, substr(accuracy, 2, 3), '7.0')": "between",
+        "UPDATE paths SET accuracy = '[1.0, [2]]'": "between them is no list of numbers",
+        "UPDATE paths SET accuracy = '{'": "between them is no list of numbers",
+        "UPDATE paths SET accuracy = '[]'": "between them is no list of numbers",
         "UPDATE passages SET text = CAST('another' AS BLOB)": "text is not that of its tokens",
         "UPDATE cells SET length = 77": "length is stored as 77",
         "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",
