@@ -389,6 +389,44 @@ def test_workers_of_another_model_are_refused_before_they_work():
     workers.check_model(theirs)
 
 
+def test_workers_in_another_dtype_are_refused_before_they_work():
+    """They would decode for the certificate, which names the dtype of the model that is given."""
+    lm, healthy = reader("words"), Actor(99, "done")
+    workers = pool(healthy, healthy, spare=lambda: healthy)
+    del workers.check_model
+    workers.loading = Loading("there")
+    workers.call = lambda *_: replace(lm.fingerprint, dtype="bfloat16")
+    sentence = (
+        r"loaded there in bfloat16, and tiny-words is in float32: give both the same dtype\.$"
+    )
+    with pytest.raises(MemvecError, match=sentence):
+        codec.cram(lm, ["the cat sat on the mat"], tokens=2, workers=workers)
+
+
+def test_closed_workers_are_refused():
+    """A stream of no workers would end at once, without a result."""
+    lm, healthy = reader("words"), Actor(99, "done")
+    workers = pool(healthy, healthy, spare=lambda: healthy)
+    del workers.check_model
+    workers.close()
+    workers.close()
+    with pytest.raises(MemvecError, match=r"^the workers are closed: make new ones\.$"):
+        codec.cram(lm, ["the cat"], tokens=2, workers=workers)
+    with pytest.raises(MemvecError, match=r"^the workers are closed: make new ones\.$"):
+        list(workers.stream(lambda: None, None))
+
+
+def test_a_number_in_the_place_of_workers_is_refused_with_what_to_give(untyped):
+    sentence = r"^workers are memvec\.workers\.Workers, as Workers\(.*\) gives, not 2\.$"
+    with pytest.raises(MemvecError, match=sentence):
+        codec.cram(reader("words"), ["the cat"], tokens=2, workers=2)
+
+
+def test_a_negative_number_of_workers_is_refused():
+    with pytest.raises(MemvecError, match=r"^workers must be at least 0, not -1\.$"):
+        Workers(Loading("there"), workers=-1)
+
+
 def test_each_document_is_cut_in_a_part_for_each_worker_if_it_is_long_enough(monkeypatch):
     """What a dead worker leaves of a part begins where its last result ends."""
     monkeypatch.setattr(cutting, "PART", 50)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import Cutter
 from memvec.passages.documents import Document
@@ -75,10 +76,16 @@ def cut_lengths(
 
     There are none without workers, if nothing has to be cut by bits, or if the documents are too
     short to be divided. `on_share` is called with the share of the tokens that has been cut. Raises
-    MemvecError if the workers have another model than the cutter, and as `Workers.stream` does.
+    MemvecError for anything but Workers, if they have another model than the cutter, and as
+    `Workers.stream` does.
     """
     known = Lengths()
     if workers is not None:
+        if not isinstance(workers, Workers):
+            raise MemvecError(
+                "workers are memvec.workers.Workers, as Workers(Loading(NAME), workers=2) gives, "
+                f"not {workers!r}."
+            )
         workers.check_model(cutter.lm)
     if workers is None or cutter.bits is None or math.isinf(cutter.bits):
         return known

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from memvec.cramming.engine import Progress
-from memvec.errors import MemvecError, SlowPathWarning
+from memvec.errors import MemvecError, SlowPathWarning, check_minimum
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import out_of_memory
@@ -50,9 +50,10 @@ class Workers:
     """`workers` actors on this machine, or on the Ray cluster at `address`.
 
     If this process is connected to a Ray already (`ray.init`), that one is used, and `address` is
-    not read. With `workers` 0 there is one per GPU, or one per CPU without GPUs. Raises MemvecError
-    if Ray is not installed or does not start, for more workers than CPUs or GPUs, and for one
-    numbered GPU.
+    not read. With `workers` 0 there is one per GPU, or one per CPU without GPUs. A Ray that is
+    started here gives each worker a CPU, whatever their number. Raises MemvecError if Ray is not
+    installed or does not start, for more workers than CPUs of a Ray that ran before, for more than
+    GPUs, for a negative number, and for one numbered GPU.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Workers:
         address: str | None = None,
         device: str = "auto",
     ) -> None:
+        check_minimum(0, workers=workers)
         if device.startswith("cuda:"):
             raise MemvecError(
                 f"{device} is one GPU, and each worker has its own: use the device 'cuda'."
@@ -95,8 +97,9 @@ class Workers:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(lm, *args)` of an idle worker, at most three attempts if workers die.
 
-        Raises MemvecError if the worker does, or after the last attempt.
+        Raises MemvecError if the worker does, after the last attempt, or if the workers are closed.
         """
+        self._check_open()
         reason = ""
         for _ in range(MAX_DEATHS):
             member = next((m for m in self.members if m.unit is None), self.members[0])
@@ -111,11 +114,20 @@ class Workers:
         raise MemvecError(f"workers die at start: {reason or 'no reason given'}")
 
     def check_model(self, lm: FrozenLM) -> None:
-        """Raises MemvecError if the workers' model has other weights than `lm`."""
-        if not self.call(_fingerprint).matches(lm.fingerprint):
+        """Raises MemvecError if the workers' model has other weights or another dtype than `lm`.
+
+        The file names the dtype of `lm`, so a certificate of another one would be wrong.
+        """
+        theirs, ours = self.call(_fingerprint), lm.fingerprint
+        if not theirs.matches(ours):
             raise MemvecError(
                 f"the workers loaded {self.loading.name}, which has other weights than {lm.name}: "
                 "give both the same model."
+            )
+        if theirs.dtype != ours.dtype:
+            raise MemvecError(
+                f"the workers loaded {self.loading.name} in {theirs.dtype}, and {lm.name} is in "
+                f"{ours.dtype}: give both the same dtype."
             )
 
     def share(self, waiting: int, batch_size: int) -> int:
@@ -136,9 +148,10 @@ class Workers:
 
         `next_unit` is called whenever a worker is free, and returns None while there is no work.
         The stream ends when it returns None and every worker is idle. A worker whose GPU fails is
-        replaced like a dead one. Raises MemvecError if a worker does, and after more than three
-        deaths per worker on average.
+        replaced like a dead one. Raises MemvecError if a worker does, after more than three deaths
+        per worker on average, and if the workers are closed.
         """
+        self._check_open()
         returned, deaths = deque[Unit](), 0
         while True:
             self._hand_out(returned, next_unit)
@@ -180,6 +193,10 @@ class Workers:
             self.ray.kill(self.board)
 
     # ------------------------------------------------------------------ inside
+
+    def _check_open(self) -> None:
+        if not self.members:
+            raise MemvecError("the workers are closed: make new ones.")
 
     def _hand_out(self, returned: deque[Unit], next_unit: Callable[[], Unit | None]) -> None:
         """Give every idle worker a unit: first those that dead workers left, then new ones."""
