@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -205,18 +206,19 @@ def test_cells_of_quantized_weights_are_other_cells() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypatch, capsys) -> None:
+    """A line says which model runs, with workers, too."""
     asked: list[dict[str, Any]] = []
 
     def load(name: str, **options: Any) -> Any:
         asked.append({"name": name, **options})
-        lm = reader()
+        lm = copy.copy(reader())
         lm.quantize = options["quantize"]
         return lm
 
     def of_workers(loading: Loading, **options: Any) -> Any:
-        load(loading.name, revision=loading.revision, dtype=loading.dtype, **loading.options)
+        lm = load(loading.name, revision=loading.revision, dtype=loading.dtype, **loading.options)
         asked[-1]["device"] = options["device"]
-        return SimpleNamespace(call=lambda function: function(reader()))
+        return SimpleNamespace(call=lambda function: function(lm))
 
     monkeypatch.setattr("memvec.loading.load_lm", load)
     monkeypatch.setattr("memvec.lab.study.remote.Workers", of_workers)
@@ -227,11 +229,22 @@ def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypat
     chosen = {"name": "tiny", "revision": "r1", "device": "cpu", "dtype": "float32"}
     options = {"quantize": "8bit", "checkpointing": True, "device_map": "auto"}
     assert asked == [chosen | options]
-    assert workers or "float32, quantized to 8bit on cpu" in capsys.readouterr().err
+    assert "float32, quantized to 8bit on cpu" in capsys.readouterr().err
     with pytest.raises(
         MemvecError, match=r'write quantize = "4bit" there, under \[\[models\]\]\.$'
     ):
         _pool_maker("cpu", workers, None, ["quantize=4bit"])
+
+
+def test_a_model_is_in_a_spec_once_and_two_sources_need_names() -> None:
+    """A model's name says where it is, so another name is no remedy."""
+    twice = HEAD.replace("[[models]]", '[[models]]\nname = "tiny"\nquantize = "8bit"\n[[models]]')
+    said = r"two models are called 'tiny': .* another dtype or quantize .* a spec of its own\.$"
+    with pytest.raises(MemvecError, match=said):
+        parse_spec(twice + RUN, "spec")
+    sources = '[[sources]]\nkind = "sampled"\n' * 2
+    with pytest.raises(MemvecError, match=r"two sources are called 'sampled': give one a name\.$"):
+        parse_spec(HEAD + sources + RUN, "spec")
 
 
 @pytest.mark.parametrize("name", ["../t", "a/b", "", " ", ".", "..", "a\\\\b"])

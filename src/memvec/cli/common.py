@@ -77,7 +77,7 @@ class ModelChoice:
             encoder=self.encoder,
             **self.options,
         )
-        display.model(lm)
+        display.model(lm.description())
         return lm
 
 

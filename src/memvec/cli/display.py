@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +16,6 @@ from memvec.cli.expected import number_of
 from memvec.cramming.recipe import Recipe
 from memvec.errors import printable
 from memvec.vectors import MemVectors
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
 
 MAX_ROWS = 40  # passages that a certificate lists
 MAX_NAMES = 3  # documents that are named
@@ -33,13 +30,17 @@ def say(sentence: str) -> None:
     err.print(printable(sentence), style="dim", markup=False, soft_wrap=True)
 
 
-def model(lm: FrozenLM) -> None:
-    """Print on stderr which model runs, and how: D, V, dtype, device, attention, encoder."""
-    d = lm.description()
-    few_bits = f", quantized to {lm.quantize}" if lm.quantize else ""
+def model(description: Mapping[str, Any]) -> None:
+    """Print on stderr which model runs, and how: D, V, dtype, device, attention, encoder.
+
+    `description` is that of `FrozenLM.description`.
+    """
+    d = description
+    few_bits = f", quantized to {d['quantize']}" if d.get("quantize") else ""
     say(
-        f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']}{few_bits} on {d['device']}, "
-        f"{d['attention']} attention, one-pass encoder: {'yes' if lm.encoder else 'no'}"
+        f"{d['name']}: D {d['width']}, V {d['vocabulary']}, {d['dtype']}{few_bits} on "
+        f"{d['device']}, {d['attention']} attention, one-pass encoder: "
+        f"{'yes' if d['encoder'] else 'no'}"
     )
 
 

@@ -188,11 +188,17 @@ def _pool_maker(
         )
 
     def make(model: ModelSpec) -> Pool:
+        from memvec.cli import display
+
+        pool = _pool(model)
+        display.model(pool.description())
+        return pool
+
+    def _pool(model: ModelSpec) -> Pool:
         if workers or on:
             from memvec.lab.study.remote import Remote
 
             return Remote(model, workers=workers, address=on, device=device, options=given)
-        from memvec.cli import display
         from memvec.lab.study.pool import LocalPool
         from memvec.loading import load_lm
 
@@ -204,7 +210,6 @@ def _pool_maker(
             quantize=model.quantize,
             **given,
         )
-        display.model(lm)
         return LocalPool(lm)
 
     return make

@@ -100,7 +100,7 @@ def train(
             f"name the trigger {target.name}.safetensors: --trigger knows it by that."
         )
     lm = load_lm(model, device=device, dtype=dtype)
-    say_model(lm)
+    say_model(lm.description())
     stream = token_stream(lm, text, column, where)
     passages = drawn(stream, text, 2 * tokens, batches * batch_size, seed).tolist()
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]

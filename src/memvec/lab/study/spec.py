@@ -269,10 +269,15 @@ def _check(spec: Spec, where: str) -> None:
             )
     models = [m.name for m in spec.models]
     sources = [s.name for s in spec.sources]
-    for kind, names in (("models", models), ("sources", sources)):
+    # Rows and tables name a model by its `name` alone.
+    twin = "a model is in a spec once; with another dtype or quantize it is in a spec of its own"
+    for kind, names, remedy in (
+        ("models", models, twin),
+        ("sources", sources, "give one a name"),
+    ):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': give one a name.")
+            raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': {remedy}.")
     for i, run in enumerate(spec.runs, 1):
         place = f"{where}: run {i} ({run.protocol})"
         for kind, wanted, known in (
