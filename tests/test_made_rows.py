@@ -338,6 +338,16 @@ def test_models_with_the_same_last_name_have_a_panel_and_an_entry_each(store):
     assert list(alike.values()) == ["x/a/m", "y/a/m", "m", "n"]
 
 
+def test_tables_say_which_models_are_quantized(store):
+    spec = '[[models]]\nname = "a/model"\nquantize = "8bit"\n' + ONE
+    data = made(store, spec, lambda cell, number: {})
+    tables = [*protocol_of("exact").tables(data, compare=False), bytes_table(data, compare=False)]
+    for table in [*tables, cost_table(data)]:
+        at = table.columns.index("model")
+        assert [row[at] for row in table.rows] == ["pocket", "model, 8bit"]
+    assert list(reproduce(data)["models"]) == ["pocket", "model, 8bit"]
+
+
 def test_the_last_tokens_of_each_source_have_a_line(store):
     data = frontier(store, ("a/model",), ("random-tokens", "other"))
     (plot,) = protocol_of("usable").figures(data, compare=False)

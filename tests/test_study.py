@@ -939,6 +939,28 @@ def test_a_file_without_a_store_does_not_hide_the_other_studies(
     Store(tmp_path / "empty", write=True).close()  # a run continues after a kill at its start
 
 
+def test_the_cells_of_a_quantized_model_are_told_from_those_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in the cells of an earlier spec, which have other weights than the last one's."""
+    texts = [HEAD, HEAD.replace('"tiny"', '"tiny"\nquantize = "8bit"')]
+    shown = []
+    for text in texts:
+        with Store(tmp_path / "s", write=True) as store:
+            store.plan(expand(parse_spec(text + RUN, "s")), set(), {"name": "small"})
+        ls(tmp_path / "s", json=True)
+        shown.append(json.loads(capsys.readouterr().out))
+    assert all("quantize" not in cell for cell in shown[0])
+    n = len(shown[0])
+    assert [(c["quantize"], c["planned"] > 0) for c in shown[1]] == (
+        [("8bit", True)] * n + [(None, False)] * n
+    )
+    ls(tmp_path / "s")
+    table = capsys.readouterr().out
+    assert table.count("8bit") == n
+    assert "None" not in table
+
+
 def test_brackets_in_texts_of_the_user_are_printed_and_no_markup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,12 +243,17 @@ def ls(
 
 def _cells(store: Store) -> list[dict[str, Any]]:
     cursor = store.db.execute(
-        "SELECT protocol, model, source, length, vectors AS K, seed, planned, "
+        "SELECT protocol, model, json_extract(settings, '$.quantize') AS quantize, source, length, "
+        "vectors AS K, seed, planned, "
         "(SELECT count(*) FROM rows WHERE rows.cell = cells.cell) AS done "
         "FROM cells ORDER BY planned = 0, position"
     )
     names = [description[0] for description in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor]
+    rows = [dict(zip(names, row, strict=True)) for row in cursor]
+    if not any(row["quantize"] for row in rows):
+        for row in rows:
+            del row["quantize"]
+    return rows
 
 
 def _studies(folder: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     for name in rows[0]:
         table.add_column(name, overflow="fold")  # the key of a cell is of no use if it is cut off
     for row in rows:
-        table.add_row(*[safe(str(v)) for v in row.values()])
+        table.add_row(*["" if v is None else safe(str(v)) for v in row.values()])
     out.print(table)
 
 

@@ -1,8 +1,9 @@
 """The data of a report: the rows that the last spec plans, facts about the models, and the store.
 
 Rows of different recipes never share a mean: where a protocol has several recipes for a model, each
-gets a name, which is appended to the source's name. Restarts of a passage do not count as passages:
-`Data.of` averages them.
+gets a name, which is appended to the source's name. A model with quantized weights is another one
+than the model of its name: tables name it with them. Restarts of a passage do not count as
+passages: `Data.of` averages them.
 """
 
 from __future__ import annotations
@@ -180,16 +181,26 @@ def read_data(store: Store) -> Data:
     rows["series"] = series_names(rows, names)
     # A source's passage i is the same text at every length: one draw when resampling.
     rows["passage_group"] = rows["source"] + " " + rows["number"].astype(str)
+    rows["model"] = [_named(*of) for of in zip(rows["model"], rows["quantize"], strict=True)]
     models: dict[str, dict[str, Any]] = {}
-    for model, description in store.db.execute(
-        "SELECT model, description FROM cells WHERE planned > 0 AND description IS NOT NULL"
+    for model, settings, description in store.db.execute(
+        "SELECT model, settings, description FROM cells WHERE planned > 0 AND description NOT NULL"
     ):
-        models.setdefault(str(model), json.loads(description))
+        key = _named(str(model), json.loads(settings).get("quantize"))
+        models.setdefault(key, json.loads(description))
     used = set(rows["environment"])
     records = store.db.execute("SELECT id, record FROM environments")
     environments = [json.loads(record) for key, record in records if key in used]
     name, about = store.meta("name") or "study", store.meta("about") or ""
     return Data(store, name, about, rows, models, environments, store.counts()[1])
+
+
+def _named(model: str, quantize: Any) -> str:
+    """A model's name, and how its weights are quantized if they are (a table has NaN for None).
+
+    Values that are published for a model are found by its name, so a quantized one has none.
+    """
+    return f"{model}, {quantize}" if isinstance(quantize, str) else model
 
 
 def short(model: str) -> str:
