@@ -791,6 +791,13 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, ca
         assert "it: measuring, 0/100 tokens\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("workers", "each"), [(0, ""), (3, "3 workers, each with ")])
+def test_slots_and_memory_are_said_to_be_those_of_each_worker(workers, each, capsys):
+    with progress.cram_progress("it", workers) as show:
+        show(replace(BUSY, expected=TWO))
+    assert capsys.readouterr().err.startswith(f"{each}2 slots of up to ")
+
+
 @pytest.mark.parametrize(("split", "some"), [(1, "1 passage."), (7, "7 passages."), (0, "")])
 def test_progress_ends_with_the_number_of_halved_passages(capsys, split, some):
     """The printed cost is that of the passages in the file, so it lacks those that were cut."""

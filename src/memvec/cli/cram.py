@@ -291,7 +291,10 @@ def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal)
     from memvec.cli.progress import cram_progress
 
     title = f"{request.file} with {lm.name}"
-    with _workers(request, lm) as workers, cram_progress(title) as show:
+    with (
+        _workers(request, lm) as workers,
+        cram_progress(title, workers.count if workers else 0) as show,
+    ):
         return codec.cram(
             lm,
             [document],

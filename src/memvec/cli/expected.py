@@ -10,10 +10,14 @@ if TYPE_CHECKING:
     from memvec.model.estimate import Estimate
 
 
-def sentence(expected: Expected) -> str:
-    """The slots, their memory, and what ten steps for every passage take."""
+def sentence(expected: Expected, workers: int = 0) -> str:
+    """The slots, their memory, and what ten steps for every passage take.
+
+    Each of the workers has as many slots and as much memory.
+    """
     slots, tokens = number_of(expected.slots, "slot"), number_of(expected.tokens, "token")
-    needs = f"{slots} of up to {tokens}: {memory(expected.memory)}."
+    each = f"{number_of(workers, 'worker')}, each with " if workers else ""
+    needs = f"{each}{slots} of up to {tokens}: {memory(expected.memory)}."
     if not expected.step:
         return needs
     ten = 10 * expected.step * expected.fills

@@ -34,8 +34,8 @@ def timer() -> Callable[[], bool]:
 
 
 @contextlib.contextmanager
-def cram_progress(title: str) -> Iterator[Callable[[CramStatus], None]]:
-    """Yields a function that shows a status of cramming.
+def cram_progress(title: str, workers: int = 0) -> Iterator[Callable[[CramStatus], None]]:
+    """Yields a function that shows a status of cramming, here or in `workers` workers.
 
     It prints what cramming will take as soon as that is known, and at the end how many passages
     were cut in half, which no cost of the result counts.
@@ -48,7 +48,7 @@ def cram_progress(title: str) -> Iterator[Callable[[CramStatus], None]]:
             split = status.split
             if status.expected and not expected:
                 expected = status.expected
-                say(sentence(expected))
+                say(sentence(expected, workers))
             show(status)
 
         yield show_and_say
