@@ -752,6 +752,23 @@ def test_the_check_notices_falsified_tensors_texts_lines_and_cells(
         assert any(sentence in s for s in check_study(tmp_path / f"at {at}")["wrong"]), sentence
 
 
+def test_a_study_is_checked_and_its_vectors_are_written_with_the_options_of_loading(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "memvec.lab.study.stored_model.load_lm",
+        lambda *_, **options: asked.append(options) or reader(),
+    )
+    check(two_rows, load=["checkpointing"])
+    vectors(two_rows, tmp_path / "files", load=["checkpointing"])
+    assert len(asked) == 2
+    assert all(o["checkpointing"] is True and o["quantize"] is None for o in asked)
+    for command, where in ((check, {}), (vectors, {"out": tmp_path / "more"})):
+        with pytest.raises(MemvecError, match="belong to its spec"):
+            command(two_rows, load=["quantize=8bit"], **where)
+
+
 class DiesAfter(LocalPool):
     """A pool that stops after its fourth row."""
 

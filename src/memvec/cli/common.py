@@ -97,6 +97,17 @@ def loading_options(items: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def study_loading(items: list[str] | None) -> dict[str, Any]:
+    """As `loading_options`, for the models of a study. Raises MemvecError for `quantize`, too."""
+    given = loading_options(items)
+    if "quantize" in given:
+        raise MemvecError(
+            "the weights of a study's model belong to its spec: write quantize = "
+            f'"{given["quantize"]}" there, under [[models]].'
+        )
+    return given
+
+
 def open_file(file: str, choice: ModelChoice) -> tuple[MemVectors, FrozenLM]:
     """A file of vectors, and its model in the dtype and quantisation that it was certified in.
 

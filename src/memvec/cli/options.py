@@ -74,6 +74,14 @@ Load = Annotated[
         "For GPUs: graphs.",
     ),
 ]
+StudyLoad = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load",
+        help="For big models: device_map=auto, checkpointing, offload. For GPUs: graphs. The spec "
+        "says whether weights are quantized.",
+    ),
+]
 Encoder = Annotated[
     Path | None, typer.Option(help="File of a one-pass encoder; default: the model folder's own.")
 ]

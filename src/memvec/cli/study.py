@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import loading_options, reporting_interrupt
+from memvec.cli.common import reporting_interrupt, study_loading
 from memvec.cli.study_results import StudyFolder
 from memvec.cli.study_results import app as results
 from memvec.cli.study_tables import print_prices, print_rows
@@ -36,14 +36,6 @@ NEEDED = ("matplotlib", "pandas")
 SpecFile = Annotated[Path, typer.Argument(help="A spec: a TOML file.")]
 SpecModel = Annotated[
     str | None, typer.Option("--model", "-m", help="Run the spec with this model instead.")
-]
-SpecLoad = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--load",
-        help="For big models: device_map=auto, checkpointing, offload. For GPUs: graphs. The spec "
-        "says whether weights are quantized.",
-    ),
 ]
 SpecDevice = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0; default: the spec's.")]
 
@@ -106,7 +98,7 @@ def run(
     ] = None,
     model: SpecModel = None,
     device: SpecDevice = None,
-    load: SpecLoad = None,
+    load: options.StudyLoad = None,
     workers: options.WorkerCount = 0,
     on: options.Cluster = None,
     json: options.Json = False,
@@ -131,7 +123,7 @@ def run(
 def resume(
     folder: StudyFolder,
     device: SpecDevice = None,
-    load: SpecLoad = None,
+    load: options.StudyLoad = None,
     workers: options.WorkerCount = 0,
     on: options.Cluster = None,
     json: options.Json = False,
@@ -180,12 +172,7 @@ def _pool_maker(
     device: str, workers: int, on: str | None, load: list[str] | None
 ) -> Callable[[ModelSpec], Pool]:
     check_minimum(0, workers=workers)
-    given = loading_options(load)
-    if "quantize" in given:
-        raise MemvecError(
-            "the weights of a study's model belong to its spec: write quantize = "
-            f'"{given["quantize"]}" there, under [[models]].'
-        )
+    given = study_loading(load)
 
     def make(model: ModelSpec) -> Pool:
         from memvec.cli import display

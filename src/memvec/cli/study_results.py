@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memvec.cli import options
+from memvec.cli.common import study_loading
 from memvec.cli.expected import number_of
 from memvec.cli.study_tables import FORMATS, print_check, print_report_table, print_rows
 from memvec.errors import MemvecError, check_minimum, did_you_mean
@@ -63,19 +64,22 @@ def vectors(
     out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the files.")],
     model: StudyModel = None,
     device: options.Device = "auto",
+    load: options.StudyLoad = None,
 ) -> None:
     """Write the vectors of each cell as a file, decoded again for its certificate."""
     from memvec.cli.display import say
     from memvec.cli.progress import timer
     from memvec.lab.study.vector_files import export_vectors
 
-    due = timer()
+    due, given = timer(), study_loading(load)
 
     def show(done: int, cells: int) -> None:
         if due():
             say(f"{done} of {cells} cells decoded")
 
-    written, left_out = export_vectors(folder, out, model=model, device=device, on_file=show)
+    written, left_out = export_vectors(
+        folder, out, model=model, device=device, load=given, on_file=show
+    )
     for sentence in left_out:
         say(f"left out: {sentence}")
     if not written:
@@ -137,13 +141,15 @@ def check(
     model: StudyModel = None,
     sample: Annotated[int, typer.Option(help="Rows to recompute; 0: all.")] = 0,
     device: options.Device = "auto",
+    load: options.StudyLoad = None,
     json: options.Json = False,
 ) -> None:
     """Compute every column again from the stored vectors, by slower and independent code."""
     from memvec.lab.study.check import check_study
 
     check_minimum(0, sample=sample)
-    checked = check_study(folder, model=model, sample=sample, device=device)
+    given = study_loading(load)
+    checked = check_study(folder, model=model, sample=sample, device=device, load=given)
     if json:
         typer.echo(jsonlib.dumps(checked, indent=2))
     else:

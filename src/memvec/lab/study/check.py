@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,14 @@ def check_study(
     model: str | None = None,
     sample: int = 0,
     device: str = "auto",
+    load: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences,
     'unchecked' sentences about what a protocol measured and does not recompute}.
 
     Rows of cells that the last spec does not have are left out: their model may be gone.
-    `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
+    `sample`: so many rows spread over the study; 0: all. `load`: further arguments of `load_lm`.
+    Raises MemvecError if the model is not
     the study's.
     """
     wrong: list[str] = []
@@ -70,7 +73,7 @@ def check_study(
         frame = _sampled(store, sample)
         for name, rows in frame.groupby("model", sort=False):
             described, _ = cell_of(store, str(rows.iloc[0]["cell"]))
-            lm = model_of(described, str(name), model=model, device=device)
+            lm = model_of(described, str(name), model=model, device=device, load=load)
             for key, group in rows.groupby("cell", sort=False):
                 _, cell = cell_of(store, str(key))
                 wrong += _check_cell(store, str(key), cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from memvec.errors import MemvecError
@@ -22,10 +23,16 @@ def cell_of(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
 
 
 def model_of(
-    description: dict[str, Any], name: str, *, model: str | None = None, device: str = "auto"
+    description: dict[str, Any],
+    name: str,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    load: Mapping[str, Any] | None = None,
 ) -> FrozenLM:
     """The study's model `name` with this description, from `model` if it is elsewhere now.
 
+    `load`: further arguments of `load_lm`, such as `device_map`.
     Raises MemvecError as `load_lm`, and if its weights are others than the study's.
     """
     lm = load_lm(
@@ -34,6 +41,7 @@ def model_of(
         device=device,
         dtype=description["dtype"],
         quantize=description.get("quantize"),
+        **(load or {}),
     )
     if not Fingerprint.of_record(description).matches(lm.fingerprint):
         raise MemvecError(f"{lm.name} has other weights than the study's {name}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memvec.assembly import assembled, passage_record
@@ -37,6 +37,7 @@ def export_vectors(
     *,
     model: str | None = None,
     device: str = "auto",
+    load: Mapping[str, Any] | None = None,
     on_file: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write the vectors of every cell of the last spec as TARGET/<cell>.mem.safetensors.
@@ -44,9 +45,9 @@ def export_vectors(
     A file has the passages of its cell by their numbers, each as a text of its own, and opens with
     `MemVectors.load`. All of them are decoded again for its certificate. Returns what the files
     are, one dictionary for each, and a sentence about each cell that no file can hold. `model`:
-    where the study's model is now. `on_file` is called after each file with the number of cells
-    done and of all cells. Raises MemvecError if the model has other weights, or for a folder that
-    has something else in it.
+    where the study's model is now. `load`: further arguments of `load_lm`. `on_file` is called
+    after each file with the number of cells done and of all cells. Raises MemvecError if the model
+    has other weights, or for a folder that has something else in it.
     """
     target = path_of(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -63,7 +64,7 @@ def export_vectors(
                 if why := _unfit(cell):
                     left_out.append(f"cell {key} ({cell.protocol}, {cell.source}): {why}.")
                     continue
-                lm = lm or model_of(description, str(name), model=model, device=device)
+                lm = lm or model_of(description, str(name), model=model, device=device, load=load)
                 mem = vectors_of_cell(lm, store, cell, group.to_dict("records"))
                 make_folder(target)
                 path = mem.save(target / f"{key}.mem.safetensors")
