@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from memvec import registry
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 POCKET = ROOT / "src/memvec/pocket/model.safetensors"
@@ -27,6 +29,7 @@ def code_cells(notebook):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch, python):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
     monkeypatch.setattr("sys.executable", python)  # for the commands that a cell starts
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))

@@ -689,7 +689,7 @@ def test_a_plugin_file_that_a_script_imports_runs_once(tmp_path, python):
         assert ran.returncode == 0, ran.stderr
 
 
-def test_the_error_of_an_unknown_part_mentions_plugins():
+def test_the_error_of_an_unknown_part_mentions_plugins(plugins):
     hint = "; if it is a plug-in's, install it or name its file in MEMVEC_PLUGINS."
     with pytest.raises(MemvecError, match=re.escape(f"vectors{hint}")):
         registry.get("protocol", "zzz")

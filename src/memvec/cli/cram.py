@@ -291,10 +291,7 @@ def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal)
     from memvec.cli.progress import cram_progress
 
     title = f"{request.file} with {lm.name}"
-    with (
-        _workers(request, lm) as workers,
-        cram_progress(title, workers.count if workers else 0) as show,
-    ):
+    with _workers(request, lm) as pool, cram_progress(title, pool.count if pool else 0) as show:
         return codec.cram(
             lm,
             [document],
@@ -307,7 +304,7 @@ def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal)
             halve=request.halve,
             keep_text=request.keep_text,
             journal=journal,
-            workers=workers,
+            workers=pool,
             on_status=show,
         )
 
