@@ -85,9 +85,12 @@ def run(path: str, words: list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(path)
         socket.send_fds(line, [b"."], [0, 1, 2])
+        # A signal waits until it can be passed on: the program may already run by then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         line.sendall(json.dumps([words, dict(os.environ), str(Path.cwd())]).encode() + b"\n")
         for number in PASSED_ON:
             signal.signal(number, lambda number, _: line.send(bytes([PASSED_ON[number]])))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         ended = line.makefile().readline()
     if not ended:
         sys.exit("the process that forks has ended: MEMVEC_TRUE_PYTHON=1 does without it.")
