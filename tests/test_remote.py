@@ -334,7 +334,9 @@ def test_workers_decode_with_the_callers_force(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (3, "error"), (0, "silence")])
-@pytest.mark.parametrize(("bits", "most", "least"), [(12.0, None, 1), (25.0, 4, 2)])
+@pytest.mark.parametrize(
+    ("bits", "most", "least"), [pytest.param(12.0, None, 1, marks=pytest.mark.slow), (25.0, 4, 2)]
+)
 def test_documents_that_workers_cut_have_the_same_passages(
     bits, most, least, rows, end, monkeypatch
 ):
