@@ -18,7 +18,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from common import arguments, report, run
+from common import arguments, report
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

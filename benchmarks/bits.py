@@ -37,8 +37,9 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, run
+from common import arguments, report
 from memvec import metrics
+from memvec.cli.program import run_program
 from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
@@ -193,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

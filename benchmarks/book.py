@@ -30,7 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, report, run
+from common import arguments, report
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
 from memvec.vectors import MemVectors
 from texts import PROSE
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.statistics import bootstrap_mean, median_and_spread
 
@@ -56,15 +55,6 @@ def arguments(description: str, *, model: bool = True) -> argparse.ArgumentParse
         parser.add_argument("--model", default="pocket", help="Hub id, folder or 'pocket'")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     return parser
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a benchmark. A MemvecError is printed as one sentence and ends with exit code 2."""
-    try:
-        main()
-    except MemvecError as error:
-        print(f"memvec: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def clock() -> float:

@@ -52,7 +52,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, clock, report, run, with_ends
+from common import arguments, clock, report, with_ends
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
@@ -316,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -47,7 +47,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, interleaved, report, run
+from common import arguments, interleaved, report
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -243,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

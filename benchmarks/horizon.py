@@ -55,8 +55,9 @@ from pathlib import Path
 from typing import Any
 
 from at_costs import fixed, growing
-from common import arguments, report, run, save_figure, summary, with_ends
+from common import arguments, report, save_figure, summary, with_ends
 from memvec.cli.common import recipe_of
+from memvec.cli.program import run_program
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.large import layers_of
@@ -381,4 +382,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

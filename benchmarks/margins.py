@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import torch
 
-from common import arguments, report, run
+from common import arguments, report
 from memvec import metrics
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

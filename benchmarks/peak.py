@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, run
+from common import arguments, report
 from memory import peak_memory, peak_tensors
+from memvec.cli.program import run_program
 from memvec.cramming.objectives import score
 from memvec.loading import load_lm
 from memvec.model.estimate import estimate, facts_of
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -47,8 +47,9 @@ from typing import Any
 
 import torch
 
-from common import arguments, clock, report, run, summary, with_ends
+from common import arguments, clock, report, summary, with_ends
 from exact import Trial, per_minute, ratio_of_rates
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -22,8 +22,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import arguments, report, run, with_ends
+from common import arguments, report, with_ends
 from memvec.cli.common import recipe_of
+from memvec.cli.program import run_program
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.statistics import ratio_of_means
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

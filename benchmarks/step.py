@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, interleaved, report, run
+from common import arguments, interleaved, report
 from memory import peak_memory
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import arguments, report, run
+from common import arguments, report
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
 from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -44,8 +44,9 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, run, save_figure, with_ends
+from common import arguments, report, save_figure, with_ends
 from memvec.cli.common import recipe_of
+from memvec.cli.program import run_program
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -328,4 +329,4 @@ def _line(result: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

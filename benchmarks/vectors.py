@@ -24,8 +24,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from common import arguments, report, run, save_figure, summary, with_ends
+from common import arguments, report, save_figure, summary, with_ends
 from memvec.cli.common import recipe_of
+from memvec.cli.program import run_program
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -37,8 +37,8 @@ from environment import in_environment
 from evaluate import context_gain, horizon, longest, one_pass
 from export import export
 from kept import refuse_others, write
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
-from program import run_program
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
 # (K, tokens of a passage) at which the one-pass encoder is measured.

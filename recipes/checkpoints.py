@@ -26,7 +26,7 @@ from candidates import arguments, chosen_names
 from corpus import prepare
 from environment import in_environment
 from kept import refuse_others, write
-from program import run_program
+from memvec.cli.program import run_program
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
 

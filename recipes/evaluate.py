@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from corpus import generator, ordinary_batch, read_texts, tokenized, windows
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
 from memvec.statistics import bootstrap_mean, share_interval
-from program import run_program
 
 
 def interval(values) -> tuple[float, float, float]:

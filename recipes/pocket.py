@@ -55,8 +55,8 @@ from corpus import generator, ordinary_batch, prepare
 from decoder import Shape
 from export import export
 from losses import text_loss
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
-from program import run_program
 from recipe import Recipe
 from run import Run
 from steps import settle, train_step

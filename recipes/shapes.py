@@ -38,8 +38,8 @@ from encoder import Encoder
 from environment import in_environment
 from evaluate import horizon
 from kept import refuse_others
+from memvec.cli.program import run_program
 from memvec.errors import MemvecError
-from program import run_program
 
 MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # shares of the training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -454,6 +455,16 @@ def reader(kind: str = "bytes", seed: int = 0, **changes: Any) -> FrozenLM:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = build("llama", seed, **(sizes | ids | {"head_dim": 16} | changes))
     return FrozenLM(model, tokenizer, name=f"tiny-{kind}")
+
+
+def refusal(program: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program that refuses its `sys.argv` says: one sentence, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(program), run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("memvec: ")
+    return said
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import runpy
 import tomllib
 import warnings
 import zipfile
@@ -14,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import refusal
 from memvec.errors import MemvecError
 
 # Modules that torch imports for its compiler raise this warning.
@@ -647,11 +647,7 @@ def test_wrong_input_ends_with_one_sentence_and_code_2(
     monkeypatch.chdir(tmp_path)
     work = [] if program == "smollm2" else ["--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", [f"{program}.py", *arguments, *work])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(FOLDER / f"{program}.py"), run_name="__main__")
-    said = capsys.readouterr().err
-    assert end.value.code == 2
-    assert said.startswith("memvec: ")
+    said = refusal(FOLDER / f"{program}.py", capsys)
     assert sentence in said
     assert said.count("\n") == 1
 

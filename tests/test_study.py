@@ -1137,13 +1137,18 @@ def command(python: str, base: Path, out: str) -> list[str]:
     return [python, "-m", "memvec.cli", *arguments(base, out)]
 
 
-def run_whole(base: Path, folder: Path, python: str, batch_size: int) -> None:
-    """Write a spec for a model on disk into `base`, and its uninterrupted study into 'whole'."""
-    text = KILLED.replace("MODEL", str(folder))
-    text = text.replace("batch_size = 3", f"batch_size = {batch_size}")
+@pytest.fixture(scope="module")
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory, python: str) -> Path:
+    """A folder with a spec for a model on disk, and its uninterrupted study in 'whole'.
+
+    It has one slot: after a kill, passages get other slots, where products may round otherwise.
+    """
+    base = tmp_path_factory.mktemp("killed")
+    text = KILLED.replace("MODEL", str(folder)).replace("batch_size = 3", "batch_size = 1")
     spec_in(base, text)
     (base / "s.toml").write_text(text)
     subprocess.run(command(python, base, "whole"), check=True, env=ENV, capture_output=True)
+    return base
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):
@@ -1164,13 +1169,9 @@ recipe = { steps = 3 }
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_its_rows_and_is_completed(
-    folder: Path, tmp_path: Path, python: str
-) -> None:
-    """In one slot: after a kill, passages get other ones, where products may round otherwise."""
-    run_whole(tmp_path, folder, python, batch_size=1)
-    whole, words = everything(tmp_path / "whole"), command(python, tmp_path, "cut")
-    file = tmp_path / "cut" / "study.sqlite"
+def test_a_killed_run_keeps_its_rows_and_is_completed(killed: Path, python: str) -> None:
+    whole, words = everything(killed / "whole"), command(python, killed, "cut")
+    file = killed / "cut" / "study.sqlite"
     for least in (1, 5):  # minimum number of rows before the kill
         process = subprocess.Popen(
             words, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True
@@ -1182,16 +1183,16 @@ def test_a_killed_run_keeps_its_rows_and_is_completed(
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)  # tests/preloaded.py turns it into a SIGKILL
         process.wait()
-        kept = everything(tmp_path / "cut")
+        kept = everything(killed / "cut")
         assert all(whole[key] == row for key, row in kept.items())
     # A kill between the tensors and their row leaves bytes, which the next run cuts off.
-    some = next((tmp_path / "cut" / "vectors").glob("*.bin"))
+    some = next((killed / "cut" / "vectors").glob("*.bin"))
     with some.open("ab") as stream:
         stream.write(b"half a vector")
     ran = subprocess.run([*words, "--json"], env=ENV, capture_output=True, check=True)
     status = json.loads(ran.stdout.splitlines()[-1])
     assert status["rows_now"] == len(whole) - len(kept)
-    assert everything(tmp_path / "cut") == whole
+    assert everything(killed / "cut") == whole
 
 
 def count(file: Path) -> int:
@@ -1207,32 +1208,30 @@ def count(file: Path) -> int:
 
 @pytest.mark.slow
 def test_two_ray_workers_of_which_one_is_killed_give_the_same_rows(
-    folder: Path, tmp_path: Path, python: str, memvec_with_ray: list[str]
+    killed: Path, memvec_with_ray: list[str]
 ) -> None:
-    """In one slot each: in other slots, products may round otherwise."""
     pytest.importorskip("ray")
-    run_whole(tmp_path, folder, python, batch_size=1)
-    whole = everything(tmp_path / "whole")
-    file, struck = tmp_path / "ray" / "study.sqlite", 0
-    with (tmp_path / "ray.log").open("w") as log:
-        words = [*memvec_with_ray, *arguments(tmp_path, "ray", "--workers", "2")]
+    whole = everything(killed / "whole")
+    file, struck = killed / "ray" / "study.sqlite", 0
+    with (killed / "ray.log").open("w") as log:
+        words = [*memvec_with_ray, *arguments(killed, "ray", "--workers", "2")]
         process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 590  # Ray is slow on a busy machine
             while time.monotonic() < end and process.poll() is None:
                 if not struck and count(file) >= 1:
-                    driver = int((tmp_path / "ray.log").read_text().split()[0])
+                    driver = int((killed / "ray.log").read_text().split()[0])
                     if workers := cramming(driver):
                         struck = workers[0]
                         os.kill(struck, signal.SIGKILL)
                 time.sleep(0.05)
         finally:
             process.kill()
-    said = (tmp_path / "ray.log").read_text()
+    said = (killed / "ray.log").read_text()
     assert process.wait(30) == 0, said
     assert struck, "no worker was caught at work"
     assert "a worker died" in said
-    same = everything(tmp_path / "ray")
+    same = everything(killed / "ray")
     assert same.keys() == whole.keys()
     for key, row in whole.items():
         assert same[key][:8] == row[:8]  # decisions, costs and vectors; only bits may round

@@ -80,14 +80,15 @@ def cut_lengths(
     `Workers.stream` does.
     """
     known = Lengths()
-    if workers is not None:
-        if not isinstance(workers, Workers):
-            raise MemvecError(
-                "workers are memvec.workers.Workers, as Workers(Loading(NAME), workers=2) gives, "
-                f"not {workers!r}."
-            )
-        workers.check_model(cutter.lm)
-    if workers is None or cutter.bits is None or math.isinf(cutter.bits):
+    if workers is None:
+        return known
+    if not isinstance(workers, Workers):
+        raise MemvecError(
+            "workers are memvec.workers.Workers, as Workers(Loading(NAME), workers=2) gives, "
+            f"not {workers!r}."
+        )
+    workers.check_model(cutter.lm)
+    if cutter.bits is None or math.isinf(cutter.bits):
         return known
     parts = list(_parts(workers.count, documents))
     if len(parts) > 1:

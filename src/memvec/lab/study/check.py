@@ -59,8 +59,7 @@ def check_study(
 
     Rows of cells that the last spec does not have are left out: their model may be gone.
     `sample`: so many rows spread over the study; 0: all. `load`: further arguments of `load_lm`.
-    Raises MemvecError if the model is not
-    the study's.
+    Raises MemvecError if the model is not the study's.
     """
     wrong: list[str] = []
     worst: dict[str, float] = {}

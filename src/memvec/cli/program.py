@@ -1,14 +1,14 @@
-"""How the programs of this folder end when their input is wrong.
+"""How the programs of `recipes/` and `benchmarks/` end when their input is wrong."""
 
-The programs import this module; it is not run.
-"""
+from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from memvec.errors import MemvecError
 
 
-def run_program(main):
+def run_program(main: Callable[[], None]) -> None:
     """Run a program. A MemvecError is printed as one sentence and ends with exit code 2."""
     try:
         main()
