@@ -113,6 +113,18 @@ def _shown(request: pytest.FixtureRequest, record_property: Callable[..., None])
         record_property("shows", (marker.args[0], request.node.callspec.params["family"]))
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Leave torch the number of threads that it had: a program of recipes/ sets its own.
+
+    Two processes of tests with two threads each on two cores take three to four times as long.
+    """
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 V = 24  # few tokens, so that any short passage of a random model decodes from some vector
 STD = {"embedding": 0.2, "linear": 0.35, "head": 0.3}  # large, so that a vector changes the logits
 MODEL = {
