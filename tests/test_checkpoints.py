@@ -109,12 +109,11 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
         data = read_data(store)
         (table, fits) = protocol_of("checkpoints").tables(data, compare=False)
         (figure,) = protocol_of("checkpoints").figures(data, compare=False)
-        alone = [
-            bits_of(
-                load_lm(row["model"]), store.passage(row["cell"], row["number"]).ids, row["horizon"]
-            )
-            for row in data.rows.to_dict("records")
-        ]
+        models = {name: load_lm(key.name) for name, key in data.keys.items()}
+        alone = []
+        for row in data.rows.to_dict("records"):
+            ids = store.passage(row["cell"], row["number"]).ids
+            alone.append(bits_of(models[row["model"]], ids, row["horizon"]))
     rows = data.rows.assign(alone=alone)
     assert [(row[0], row[1]) for row in table.rows] == [
         *(("llama, D 32, L 1", tokens) for tokens in (0, 128)),

@@ -22,7 +22,7 @@ from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import _huffman_bits, bytes_table
 from memvec.lab.report.cost import cost_table
-from memvec.lab.report.data import MAX_NAME, Data, distinct_names, read_data
+from memvec.lab.report.data import MAX_NAME, Data, read_data
 from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import reproduce
 from memvec.lab.report.plot import Panel, Plot, Series
@@ -35,8 +35,9 @@ from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.check import _sampled
+from memvec.lab.study.model_names import distinct_names, model_names
 from memvec.lab.study.row import Row, StoreEntry, Text
-from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.spec import ModelKey, parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
 
@@ -334,8 +335,25 @@ def test_models_with_the_same_last_name_have_a_panel_and_an_entry_each(store):
     (plot,) = protocol_of("usable").figures(data, compare=False)
     assert [panel.title for panel in plot.panels] == ["a/model, K = 1", "b/model, K = 1"]
     assert list(reproduce(data)["models"]) == ["a/model", "b/model"]
+    for table in protocol_of("usable").tables(data, compare=False):
+        at = table.columns.index("model")
+        assert list(dict.fromkeys(row[at] for row in table.rows)) == ["a/model", "b/model"]
+
+
+def test_a_models_name_is_as_short_as_tells_it_from_the_others():
     alike = distinct_names(["/x/a/m", "/y/a/m", "m", "other/n"])
     assert list(alike.values()) == ["x/a/m", "y/a/m", "m", "n"]
+    keys = [
+        ModelKey("a/m", None, "auto", None),
+        ModelKey("a/m", None, "auto", "8bit"),
+        ModelKey("n", None, "auto", None),
+        ModelKey("n", None, "bfloat16", "4bit"),
+        ModelKey("b/o", "step1", "float16", None),
+        ModelKey("b/o", None, "float16", None),
+        ModelKey("p", "step1", "float16", None),
+    ]
+    names = ["m", "m, 8bit", "n, auto", "n, bfloat16, 4bit", "o, step1", "o, main", "p"]
+    assert list(model_names(keys).values()) == names
 
 
 def test_tables_say_which_models_are_quantized(store):

@@ -36,7 +36,9 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
-from memvec.lab.protocols.lookup import protocol_names
+from memvec.lab.protocols.geometry import Geometry
+from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from memvec.lab.report.data import read_data
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.random_tokens import RandomTokens
 from memvec.lab.study import check as check_module
@@ -51,10 +53,13 @@ from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
-from memvec.lab.study.spec import parse_spec, read_spec
+from memvec.lab.study.spec import ModelSpec, Spec, parse_spec, read_spec
 from memvec.lab.study.store import Store
+from memvec.lab.study.stored_model import cell_of
+from memvec.lab.study.vector_files import export_vectors
 from memvec.lab.study.work import find_passages
 from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 from memvec.workers import Loading
@@ -62,6 +67,7 @@ from studies import HEAD, SENTENCES, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
 RUN = '[[runs]]\nprotocol = "exact"\nlengths = [8]\n'
+DTYPES = ("float32", "bfloat16")
 
 # ---------------------------------------------------------------------- specs
 
@@ -234,17 +240,107 @@ def test_models_of_a_study_are_loaded_as_spec_and_options_say(workers, monkeypat
         MemvecError, match=r'write quantize = "4bit" there, under \[\[models\]\]\.$'
     ):
         _pool_maker("cpu", workers, None, ["quantize=4bit"])
+    with pytest.raises(MemvecError, match=r"^--load takes .*, not 'quantise=4bit'") as raised:
+        _pool_maker("cpu", workers, None, ["quantise=4bit"])
+    assert "quantize" not in str(raised.value)
 
 
-def test_a_model_is_in_a_spec_once_and_two_sources_need_names() -> None:
-    """A model's name says where it is, so another name is no remedy."""
-    twice = HEAD.replace("[[models]]", '[[models]]\nname = "tiny"\nquantize = "8bit"\n[[models]]')
-    said = r"two models are called 'tiny': .* another dtype or quantize .* a spec of its own\.$"
-    with pytest.raises(MemvecError, match=said):
-        parse_spec(twice + RUN, "spec")
+def test_a_model_is_in_a_spec_once_for_each_way_to_load_it_and_sources_need_names() -> None:
+    def with_twin(more: str) -> str:
+        return HEAD.replace("[[models]]", f'[[models]]\nname = "tiny"\n{more}\n[[models]]') + RUN
+
+    for more in ('quantize = "8bit"', 'dtype = "bfloat16"', 'revision = "step1"'):
+        spec = parse_spec(with_twin(more), "spec")
+        one, other = (p.cell.model_key for p in expand(replace_sources(spec)))
+        assert one.name == other.name == "tiny"
+        assert one != other
+        # --model replaces the name in each way to load it.
+        ways = dict.fromkeys((model.dtype, model.quantize) for model in spec.models)
+        replaced = parse_spec(with_twin(more), "spec", model="pocket").models
+        assert [(m.name, (m.dtype, m.quantize)) for m in replaced] == [("pocket", w) for w in ways]
+    for more in ("", 'dtype = "auto"'):
+        with pytest.raises(MemvecError, match=r"'tiny' is there twice: .*dtype, quantize\)\.$"):
+            parse_spec(with_twin(more), "spec")
     sources = '[[sources]]\nkind = "sampled"\n' * 2
     with pytest.raises(MemvecError, match=r"two sources are called 'sampled': give one a name\.$"):
         parse_spec(HEAD + sources + RUN, "spec")
+
+
+def test_prices_say_how_models_of_one_name_are_loaded() -> None:
+    text = HEAD.replace("[[models]]", '[[models]]\nname = "tiny"\nquantize = "8bit"\n[[models]]')
+    planned = expand(replace_sources(parse_spec(text + RUN, "spec")))
+    found = [(p.model, p.loaded, p.cells) for p in price(planned)]
+    assert found == [("tiny", "8bit", 1), ("tiny", "", 1)]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memvec.cli.display.out", Console(file=out, width=200))
+        print_prices("small", price(planned), [])
+    assert "tiny, 8bit " in out.getvalue()
+
+
+def replace_sources(spec: Spec) -> Spec:
+    """The same spec with its first source, which needs no file."""
+    return spec.model_copy(update={"sources": spec.sources[:1]})
+
+
+@pytest.mark.slow
+def test_a_model_is_compared_with_itself_in_another_dtype(
+    folder, tmp_path, capsys, monkeypatch
+) -> None:
+    """Each cell is crammed, checked, exported and reported with the model of its own dtype.
+
+    Passages of one dtype are not expected of the other: the model's own text may differ there.
+    """
+    models = "".join(f'[[models]]\nname = "{folder}"\ndtype = "{d}"\n' for d in DTYPES)
+    text = f'name = "s"\n{models}[[sources]]\nkind = "sampled"\n'
+    text += '[[runs]]\nprotocol = "exact"\nlengths = [3]\npassages = 2\nrecipe = { steps = 9 }\n'
+    text += '[[runs]]\nprotocol = "geometry"\nlengths = [3]\nseeds = [0, 1]\npassages = 1\n'
+    spec = parse_spec(text + "recipe = { steps = 9 }\n", "spec")
+    loaded, out = [], tmp_path / "s.study"
+
+    def pool(model: ModelSpec) -> LocalPool:
+        loaded.append(model.dtype)
+        with Store(out) as store:
+            of_model = "SELECT cell FROM cells WHERE json_extract(settings, '$.dtype') = ?"
+            for (cell,) in store.db.execute(of_model, (model.dtype,)).fetchall():
+                assert store.known_passages(cell) == {}
+        return LocalPool(load_lm(model.name, dtype=model.dtype))
+
+    run_study(spec, out, pool)
+    assert loaded == list(DTYPES)
+    run_study(spec, out, pool)
+    assert loaded == list(DTYPES)  # nothing is left to do
+    with Store(out) as store:
+        cells = store.db.execute(
+            "SELECT json_extract(settings, '$.dtype'), json_extract(description, '$.dtype') "
+            "FROM cells"
+        ).fetchall()
+        data = read_data(store)
+    assert sorted(cells) == sorted((d, d) for d in DTYPES for _ in range(3))
+    names = [f"tiny, {d}" for d in DTYPES]
+    assert list(data.models) == list(dict.fromkeys(data.rows["model"])) == names
+    (table, *_) = protocol_of("exact").tables(data, compare=True)
+    assert [row[0] for row in table.rows] == names
+    between, asked = Geometry.recompute_between, []
+
+    def counted(self: Geometry, lm: FrozenLM, *arguments: Any) -> Any:
+        asked.append(str(lm.dtype).removeprefix("torch."))
+        return between(self, lm, *arguments)
+
+    monkeypatch.setattr(Geometry, "recompute_between", counted)
+    found = check_study(out)
+    assert (found["rows"], found["wrong"], asked) == (8, [], list(DTYPES))
+    written, left_out = export_vectors(out, tmp_path / "vectors")
+    assert (len(written), left_out) == (6, [])
+    for file in written:
+        path = tmp_path / "vectors" / file["file"]
+        with Store(out) as store:
+            described, _ = cell_of(store, file["cell"])
+        mem = MemVectors.load(path)
+        assert mem.header.model["dtype"] == described["dtype"]
+    ls(out, json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["dtype"] for row in shown] == [d for d in DTYPES for _ in range(3)]
 
 
 @pytest.mark.parametrize("name", ["../t", "a/b", "", " ", ".", "..", "a\\\\b"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +81,13 @@ class ModelChoice:
         return lm
 
 
-def loading_options(items: list[str] | None) -> dict[str, Any]:
-    """Keyword arguments of `load_lm` from --load. Raises MemvecError for an unknown one."""
+def loading_options(
+    items: list[str] | None, known: Sequence[str] = LOADING_OPTIONS
+) -> dict[str, Any]:
+    """Keyword arguments of `load_lm` from --load; an error names those `known`.
+
+    Raises MemvecError for an unknown one.
+    """
     options: dict[str, Any] = {}
     for item in items or []:
         name, _, value = item.partition("=")
@@ -93,13 +98,13 @@ def loading_options(items: list[str] | None) -> dict[str, Any]:
         elif name in ("device_map", "quantize") and value:
             options[name] = value
         else:
-            raise MemvecError(f"--load takes {', '.join(LOADING_OPTIONS)}, not '{item}'.")
+            raise MemvecError(f"--load takes {', '.join(known)}, not '{item}'.")
     return options
 
 
 def study_loading(items: list[str] | None) -> dict[str, Any]:
     """As `loading_options`, for the models of a study. Raises MemvecError for `quantize`, too."""
-    given = loading_options(items)
+    given = loading_options(items, [way for way in LOADING_OPTIONS if "quantize" not in way])
     if "quantize" in given:
         raise MemvecError(
             "the weights of a study's model belong to its spec: write quantize = "

@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 
 NEEDED = ("matplotlib", "pandas")
+# How a cell's model is loaded: shown where a spec says something else than this.
+AS_LOADED = {"revision": None, "dtype": "auto", "quantize": None}
 
 SpecFile = Annotated[Path, typer.Argument(help="A spec: a TOML file.")]
 SpecModel = Annotated[
@@ -229,18 +231,16 @@ def ls(
 
 
 def _cells(store: Store) -> list[dict[str, Any]]:
+    loaded = ", ".join(f"json_extract(settings, '$.{name}') AS {name}" for name in AS_LOADED)
     cursor = store.db.execute(
-        "SELECT protocol, model, json_extract(settings, '$.quantize') AS quantize, source, length, "
-        "vectors AS K, seed, planned, "
+        f"SELECT protocol, model, {loaded}, source, length, vectors AS K, seed, planned, "
         "(SELECT count(*) FROM rows WHERE rows.cell = cells.cell) AS done "
         "FROM cells ORDER BY planned = 0, position"
     )
     names = [description[0] for description in cursor.description]
     rows = [dict(zip(names, row, strict=True)) for row in cursor]
-    if not any(row["quantize"] for row in rows):
-        for row in rows:
-            del row["quantize"]
-    return rows
+    told = [name for name, usual in AS_LOADED.items() if any(row[name] != usual for row in rows)]
+    return [{k: v for k, v in row.items() if k in told or k not in AS_LOADED} for row in rows]
 
 
 def _studies(folder: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         gpu, cpu, memory = (
             "?" if v is None else _amount(v) for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
         )
-        table.add_row(safe(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
+        model = safe(", ".join(filter(None, [p.model, p.loaded])))
+        table.add_row(model, str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
     out.print(table)
     out.print(
         "Hours are those of all steps of every passage and of what protocols cram besides, with 4 "
@@ -38,7 +39,7 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU and {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU. "
         "Small models reach a fraction of these rates."
     )
-    if unknown := [p.model for p in prices if p.gpu_hours is None]:
+    if unknown := dict.fromkeys(p.model for p in prices if p.gpu_hours is None):
         names = safe(", ".join(unknown))
         out.print(f"?: no folder is called {names}; the run looks for it on the Hub.")
     for sentence in missing:

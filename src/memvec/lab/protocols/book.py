@@ -17,7 +17,7 @@ import pandas as pd
 from memvec.cramming.certify import Outcome
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.data import Data, by_length
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.book import Block
@@ -53,7 +53,7 @@ class Book(Protocol):
             per_vector = tokens_per_vector(group)
             exact = share_interval(int((group["exact"] == 1).sum()), len(group))
             line: TableLine = [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("block", length),
                 ("K", K),

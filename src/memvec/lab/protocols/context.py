@@ -26,7 +26,7 @@ from memvec.lab.protocols.protocol import (
     extra_of,
 )
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_length, place, short
+from memvec.lab.report.data import Data, by_length, place
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
@@ -123,7 +123,7 @@ class Context(Protocol):
                 series.append(Series(f"K = {K}", ends, [level] * 2, "dashed"))
                 cases += 1
                 ahead += level < min(m.mean for m in means.values())
-            title = f"{short(str(model))}, {source}, {length} tokens"
+            title = f"{model}, {source}, {length} tokens"
             panels.append(Panel(title, "real tokens given", "bits left", series))
         caption = (
             f"In {ahead} of {cases} cases (a panel and a K) the vectors leave fewer bits than any "

@@ -16,7 +16,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Capacity, Card, Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.data import Data, by_series
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
@@ -50,7 +50,7 @@ class Exact(Protocol):
             cards.append(
                 Card(
                     f"{r.horizon.mean:.1f} tokens",
-                    f"exact in K = {K}: {source}, {short(model)}; {n}, {r.bits.mean:.0f} bits, "
+                    f"exact in K = {K}: {source}, {model}; {n}, {r.bits.mean:.0f} bits, "
                     f"{100 * r.censored.share:.0f} % censored",
                 )
             )
@@ -63,7 +63,7 @@ class Exact(Protocol):
         for ((model, source, K), group), known in zip(groups, theirs, strict=True):
             r = exact_result(group)
             line: TableLine = [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("K", K),
                 *interval("exact tokens", r.horizon),
@@ -93,7 +93,7 @@ class Exact(Protocol):
                 share = [float((values >= g).mean()) for g in grid]
                 name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
                 series.append(Series(name, [float(g) for g in grid], share, "line"))
-            panels.append(Panel(short(str(model)), "tokens", "share of passages", series))
+            panels.append(Panel(str(model), "tokens", "share of passages", series))
         return [
             Plot(
                 "survival",
@@ -110,7 +110,9 @@ def _published(data: Data, rows: pd.DataFrame) -> dict[str, Any] | None:
     first = rows.iloc[0]
     if (str(first["source"]), int(first["vectors"])) != ("pg19", 1):
         return None
-    return published.progressive(str(first["model"]), data.recipe_of(str(first["cell"])))
+    return published.progressive(
+        data.published_as(str(first["model"])), data.recipe_of(str(first["cell"]))
+    )
 
 
 def _published_columns(known: dict[str, Any] | None) -> TableLine:

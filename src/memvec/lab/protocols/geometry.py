@@ -19,7 +19,7 @@ from torch import Tensor
 from memvec.cramming.certify import positions
 from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
-from memvec.lab.report.data import Data, by_length, place, short
+from memvec.lab.report.data import Data, by_length, place
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, with_sd
 from memvec.lab.study.spec import RunSpec
@@ -106,7 +106,7 @@ class Geometry(Protocol):
             if len(vectors) < 3:
                 continue
             same, different = cosines(vectors, labels)
-            title = f"{short(model)}, {source}, {length} tokens, K = {K}"
+            title = f"{model}, {source}, {length} tokens, K = {K}"
             panels.append(Panel(title, "cosine", "density", _densities(same, different)))
             panels += _components(vectors, labels)
             lines = np.array(list(paths(data, group)))

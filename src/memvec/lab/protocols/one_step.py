@@ -23,7 +23,7 @@ from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.protocols.throughput import decode_seconds
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, averaged, by_series, short
+from memvec.lab.report.data import Data, averaged, by_series
 from memvec.lab.report.plot import Panel, Plot, estimates
 from memvec.lab.report.table import Table, TableLine, interval, with_sd
 from memvec.lab.sources import SourcedPassage
@@ -82,11 +82,15 @@ class OneStep(Protocol):
         lines: list[TableLine] = []
         for (model, source, _), group in by_series(data.of(self.name)):
             result = one_step_result(group)
-            known = published_longest(model, str(group["source"].iloc[0])) if compare else []
+            known = (
+                published_longest(data.published_as(model), str(group["source"].iloc[0]))
+                if compare
+                else []
+            )
             for at in result.lengths:
                 lines.append(
                     [
-                        ("model", short(model)),
+                        ("model", model),
                         ("source", source),
                         ("length", at.length),
                         ("exact", str(at.exact)),
@@ -123,7 +127,7 @@ class OneStep(Protocol):
                     for n, part in group.groupby("length")
                 }
                 lines.append(estimates(name, means, means.values()))
-            panels.append(Panel(short(str(model)), "tokens", "tokens per second", lines, log=True))
+            panels.append(Panel(str(model), "tokens", "tokens per second", lines, log=True))
         caption = f"Mean over passages with 95 % interval, one passage at a time. {_faster(timed)}"
         return [Plot("one-step-speed", "Speed of one-step decoding", caption.strip(), panels)]
 
@@ -151,7 +155,7 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
         )
         lines.append(
             [
-                ("model", short(str(model))),
+                ("model", str(model)),
                 ("source", str(source)),
                 ("length", int(str(length))),
                 *with_sd("tokens / s, one pass", once),

@@ -15,7 +15,7 @@ from memvec.lab.protocols import protocol
 from memvec.lab.protocols.arrangements import FORMULAS, Arranged, Arrangement
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.study.spec import RunSpec
@@ -68,7 +68,7 @@ class OneStepArrangements(Protocol):
             m = mean_interval(group["accuracy"].tolist())
             exact = share_interval(int((group["exact"] == 1).sum()), len(group))
             line: TableLine = [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("N", length),
                 ("inputs", FORMULAS[kind]),
@@ -77,7 +77,7 @@ class OneStepArrangements(Protocol):
                 ("n", m.n),
             ]
             if compare:
-                line.append(("paper accuracy", _published(model, kind, length)))
+                line.append(("paper accuracy", _published(data.published_as(model), kind, length)))
             lines.append(line)
         return [
             Table.of(
@@ -99,14 +99,12 @@ class OneStepArrangements(Protocol):
             series = [
                 estimates(FORMULAS[kind], means, means.values()) for kind, means in kinds.items()
             ]
-            panels.append(
-                Panel(f"{short(model)}, {source}", "tokens, N", "accuracy", series, log=True)
-            )
+            panels.append(Panel(f"{model}, {source}", "tokens, N", "accuracy", series, log=True))
             longest = max(max(means) for means in kinds.values())
             there = {k: means[longest].mean for k, means in kinds.items() if longest in means}
             top = max(there.values())
             names = " and ".join(FORMULAS[k] for k, v in there.items() if v == top)
-            best.append(f"{short(model)}, {source}, {longest} tokens: {names} ({top:.3f}).")
+            best.append(f"{model}, {source}, {longest} tokens: {names} ({top:.3f}).")
         caption = "Mean over passages, 95 % interval. Highest accuracy at the longest length: "
         return [
             Plot(

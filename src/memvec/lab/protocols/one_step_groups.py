@@ -18,7 +18,7 @@ from pydantic import Field
 from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.study.spec import RunSpec
 from memvec.statistics import mean_interval
@@ -60,7 +60,7 @@ class OneStepGroups(Protocol):
             number, size = int(str(length)), int(str(size))
             m = mean_interval(group_means(part, size).tolist())
             line: TableLine = [
-                ("model", short(str(model))),
+                ("model", str(model)),
                 ("source", str(source)),
                 ("tokens", number),
                 ("group", size),

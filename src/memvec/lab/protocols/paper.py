@@ -20,7 +20,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Capacity, Gains, Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.data import Data, by_series
 from memvec.lab.report.plot import Panel, Plot, Series, boxes, estimates
 from memvec.lab.report.table import Table, TableLine, mean_and_sd, with_sd
 from memvec.model.reading import StartRule
@@ -58,7 +58,7 @@ class Paper(Protocol):
             r = paper_result(group)
             longest = f"{r.longest or '–'}{' (longest single)' if r.drawn and r.longest else ''}"
             line: TableLine = [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("K", K),
                 ("Max", longest),
@@ -68,7 +68,7 @@ class Paper(Protocol):
                 *with_sd("bits at the least loss", r.least_loss_gain, "± sd"),
             ]
             if compare:
-                line += _published(model, str(group["source"].iloc[0]), K)
+                line += _published(data.published_as(model), str(group["source"].iloc[0]), K)
             lines.append(line)
         note = (
             "The published rule: Max is the longest length (tokens) whose mean teacher-forced "
@@ -101,9 +101,7 @@ def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
             series.append(Series("PG-19, published", list(curve), list(curve.values()), "line"))
         xs = [v for s in series for v in s.x]
         series.append(Series("0.99", [min(xs), max(xs)], [THRESHOLD] * 2, "dashed"))
-        panels.append(
-            Panel(short(str(model)), "tokens", "teacher-forced accuracy", series, log=True)
-        )
+        panels.append(Panel(str(model), "tokens", "teacher-forced accuracy", series, log=True))
     caption = f"Mean over passages, 95 % interval. {_passed(rows)}"
     return Plot("accuracy", "Accuracy against length", caption.strip(), panels)
 
@@ -157,7 +155,7 @@ def spread(rows: pd.DataFrame) -> Plot:
         lengths = sorted(group["length"].unique())[-MAX_BOXES:]
         for column, label in what:
             parts = [group.loc[group["length"] == n, column].astype(float) for n in lengths]
-            title, names = f"{short(str(model))}, {source}", [str(n) for n in lengths]
+            title, names = f"{model}, {source}", [str(n) for n in lengths]
             panels.append(Panel(title, "tokens", label, [boxes(label, parts)], names))
     caption = "Boxes: median and quartiles over passages; whiskers: minimum and maximum."
     return Plot("boxes", "Spread over passages, by length", caption, panels)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import extra_of
-from memvec.lab.report.data import by_length, place, short
+from memvec.lab.report.data import by_length, place
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, mean_interval
@@ -60,7 +60,7 @@ def groups_of(rows: pd.DataFrame) -> Iterator[Group]:
     for key, part in by_length(rows):
         model, series, length, K = key
         extras = (extra_of(part, "reading", x) for x in ("attention", "cut", "lens", "path"))
-        yield Group(f"{short(model)}, {series}, {length} tokens, K = {K}", key, part, *extras)
+        yield Group(f"{model}, {series}, {length} tokens, K = {K}", key, part, *extras)
 
 
 def tables(rows: pd.DataFrame) -> list[Table]:

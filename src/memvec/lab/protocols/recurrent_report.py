@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card, extra_of
-from memvec.lab.report.data import short
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
@@ -101,7 +100,7 @@ def cards(rows: pd.DataFrame) -> list[Card]:
         Card(
             f"{c.reach} of {c.segments} segments",
             f"of {c.segment} tokens come back whole, the newest ones, in at least half of the "
-            f"documents, from a memory of {c.K} vectors; {c.series}, {short(c.model)}, n {c.n}. "
+            f"documents, from a memory of {c.K} vectors; {c.series}, {c.model}, n {c.n}. "
             f"The newest: {c.lags[0].exact}; the oldest asked for: {c.lags[-1].exact}",
         )
         for c in longest.values()
@@ -113,7 +112,7 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     chains = list(chains_of(rows))
     by_lag: list[TableLine] = [
         [
-            ("model", short(c.model)),
+            ("model", c.model),
             ("source", c.series),
             ("K", c.K),
             ("segments", c.segments),
@@ -129,7 +128,7 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     ]
     by_chain: list[TableLine] = [
         [
-            ("model", short(c.model)),
+            ("model", c.model),
             ("source", c.series),
             ("K", c.K),
             ("segments", c.segments),
@@ -172,7 +171,7 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
     for model, series, K in dict.fromkeys((c.model, c.series, c.K) for c in chains):
         same_memory = [c for c in chains if (c.model, c.series, c.K) == (model, series, K)]
         same_memory.sort(key=lambda c: c.segments)
-        title = f"{short(model)}, {series}, K = {K}"
+        title = f"{model}, {series}, K = {K}"
         panels.append(
             Panel(
                 title, "lag, segments", "share of segments exact", [_by_lag(c) for c in same_memory]

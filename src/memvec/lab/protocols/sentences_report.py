@@ -62,7 +62,7 @@ def groups_of(data: Data, protocol: str) -> Iterator[Group]:
             further = [list(map(float, row)) for row in extra_of(part, protocol, regime)]
             ahead[regime] = [bits[first], *map(list, zip(*further, strict=True))]
         label = short(str(file)).removesuffix(".safetensors")
-        name = f"{label} ({short(str(model))}, {source}, K = {K}, up to {length} tokens, "
+        name = f"{label} ({model}, {source}, K = {K}, up to {length} tokens, "
         name += f"{context} before)"
         yield Group(name, label, part, part["tokens"].astype(float).tolist(), bits, ahead)
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from memvec.lab.protocols.exact import ExactResult, exact_result
 from memvec.lab.protocols.protocol import Card, extra_of
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Interval, Mean, mean_interval, ratio_of_means
@@ -100,7 +100,7 @@ def cards(data: Data, rows: pd.DataFrame) -> list[Card]:
         Card(
             f"{line.exact.horizon.mean:.1f} tokens",
             f"exact in the space {line.space}, K = {line.K}, {line.numbers} numbers: the longest "
-            f"of the spaces compared; {line.source}, {short(line.model)}; "
+            f"of the spaces compared; {line.source}, {line.model}; "
             f"{line.exact.horizon}, {line.exact.censored} censored",
         )
         for line in best.values()
@@ -130,7 +130,7 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
 
 def _table_line(line: Line) -> TableLine:
     return [
-        ("model", short(line.model)),
+        ("model", line.model),
         ("source", line.source),
         ("space", line.space),
         ("K", line.K),
@@ -163,7 +163,7 @@ def figures(data: Data, rows: pd.DataFrame) -> list[Plot]:
                 ]
                 name = space if several < 2 else f"{space}, budget {budget}"
                 series.append(_series(name, sorted(of_space, key=AXES[x]), x, y))
-            panels.append(Panel(f"{short(model)}: {y} by {x}", x, y, series, log=True))
+            panels.append(Panel(f"{model}: {y} by {x}", x, y, series, log=True))
     compared = len({line.numbers for line in lines})
     caption = (
         f"{len(lines)} combinations of space, K and storage with {compared} different counts of "

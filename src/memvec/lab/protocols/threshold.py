@@ -14,7 +14,7 @@ import pandas as pd
 from memvec.lab.protocols.plane import ACCURATE, MIN_ABOVE, Difference, Fit, compare, fit
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_recipe, panel_title, short
+from memvec.lab.report.data import Data, by_recipe, panel_title
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Interval, mean_interval, rank_correlation
@@ -42,7 +42,7 @@ class Threshold(Protocol):
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         return [
             plane_figure(planes(data)),
-            per_token(data.in_plane(self.plane), compare),
+            per_token(data, data.in_plane(self.plane), compare),
             predictors(data, planes(data)),
         ]
 
@@ -93,7 +93,7 @@ def _lines(plane: Plane) -> list[TableLine]:
             conclusion = "" if f.reached else f"not reached: fewer than {MIN_ABOVE} above"
             lines.append(
                 [
-                    ("model", short(plane.model)),
+                    ("model", plane.model),
                     ("K", plane.K),
                     ("text", f"{name}{recipe}"),
                     *interval("C, bits", (f.capacity, f.low, f.high)),
@@ -108,7 +108,7 @@ def _lines(plane: Plane) -> list[TableLine]:
         d = plane.difference
         lines.append(
             [
-                ("model", short(plane.model)),
+                ("model", plane.model),
                 ("K", plane.K),
                 ("text", f"natural − random{recipe}"),
                 *interval("C, bits", (d.difference, d.low, d.high)),
@@ -174,7 +174,7 @@ def _fit_lines(f: Fit, top: float) -> list[Series]:
     return lines
 
 
-def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
+def per_token(data: Data, rows: pd.DataFrame, compare: bool) -> Plot:
     """Bits per token against length (`text_ppl_vs_compression*.ipynb`)."""
     panels = []
     for model, group in rows.groupby("model", sort=False):
@@ -187,8 +187,8 @@ def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
                     for length, cell in part.groupby("length")
                 }
                 series.append(estimates(f"{source}, {name}", means, means.values()))
-        series += _published_per_token(str(model)) if compare else []
-        panels.append(Panel(short(str(model)), "tokens", "bits per token", series, log=True))
+        series += _published_per_token(data.published_as(str(model))) if compare else []
+        panels.append(Panel(str(model), "tokens", "bits per token", series, log=True))
     caption = (
         "Bits per token without and with vectors: means over passages with 95 % intervals. "
         f"{_removed(rows)}"
@@ -233,7 +233,7 @@ def predictors(data: Data, fitted: list[Plane]) -> Plot:
         facts = data.models.get(plane.model)
         if plane.K == 1 and plane.all is not None and plane.all.reached and facts is not None:
             per = float((plane.rows["lm_bits"] / plane.rows["predicted"]).mean())
-            name = short(plane.model) + (f", {plane.recipe}" if plane.recipe else "")
+            name = plane.model + (f", {plane.recipe}" if plane.recipe else "")
             points.append((name, (float(facts["width"]), per), plane.all))
     panels = []
     for i, label in enumerate(("width D", "bits per token without vectors")):

@@ -146,7 +146,7 @@ class TransferProtocol(Protocol):
             lines.append(
                 [
                     ("from", _origin(origin, seed)),
-                    ("to", short(model)),
+                    ("to", model),
                     ("source", series),
                     ("tokens", int(part["length"].iloc[0])),
                     ("K", int(part["vectors"].iloc[0])),
@@ -182,7 +182,7 @@ class TransferProtocol(Protocol):
             ends = [0.0, max(*steps, *mapped)]
             panels.append(
                 Panel(
-                    f"{_origin(origin, seed)} to {short(model)}, {series}",
+                    f"{_origin(origin, seed)} to {model}, {series}",
                     "steps from the recipe's start",
                     "steps from mapped vectors",
                     [Series("a passage", steps, mapped), Series("y = x", ends, ends, "dashed")],

@@ -27,7 +27,7 @@ from torch import Tensor
 from memvec.cramming.certify import Outcome
 from memvec.lab.protocols.protocol import Compared, Protocol, extra_of, own_bos
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place, short
+from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage, logits
@@ -224,8 +224,7 @@ def _published() -> str:
     """The paper's slopes; its 'needed' is the least moved probability."""
     values = published.published()["upper_bound"]["values"]
     slopes = [
-        f"{short(model)}: least moved {v['needed']['slope']:.2f} H, "
-        f"removed {v['removed']['slope']:.2f} H"
+        f"{model}: least moved {v['needed']['slope']:.2f} H, removed {v['removed']['slope']:.2f} H"
         for model, v in values.items()
     ]
     return f" Published: {'; '.join(slopes)}."

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.usable_report import Group, groups_of, rise
-from memvec.lab.report.data import distinct_names, short
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.statistics import mean_interval
 from memvec.usable.contexts import VECTORS
@@ -29,14 +28,13 @@ def _frontier(groups: list[Group]) -> Plot:
     by_panel: dict[tuple[str, int], list[Group]] = {}
     for g in groups:
         by_panel.setdefault((g.model, g.K), []).append(g)
-    names = distinct_names(dict.fromkeys(g.model for g in groups))
     for (model, K), of_panel in by_panel.items():
         labels = _labels(list(dict.fromkeys(g.series for g in of_panel)))
         series = [
             _points(label, [g for g in of_panel if g.series == name])
             for name, label in labels.items()
         ]
-        title = f"{names[model]}, K = {K}"
+        title = f"{model}, K = {K}"
         axes = ("exact tokens per vector", "KL / KL of no context")
         panels.append(Panel(title, *axes, [*series, *_ends(of_panel)], log_y=True))
     nearer = [g.score(VECTORS).ratio.high < 1 for g in groups]
@@ -53,7 +51,7 @@ def _frontier(groups: list[Group]) -> Plot:
         caption += (
             f" Smallest ratio with every passage exact: {ratio.value:.2f} [{ratio.low:.2f}, "
             f"{ratio.high:.2f}], {best.length} tokens in {best.K} vectors ({best.series}, "
-            f"{short(best.model)}, n {len(best.rows)})."
+            f"{best.model}, n {len(best.rows)})."
         )
     return Plot("usable", "Exactness against use", caption, panels)
 
@@ -111,7 +109,7 @@ def _layers(groups: list[Group]) -> Plot:
             margins.append(estimates(labels[g.series], range(len(names)), means))
             ratios = [rise(entries, name) for name in names]
             divergence.append(estimates(labels[g.series], range(len(names)), ratios))
-        title = f"{short(model)}, {length} tokens in {K}"
+        title = f"{model}, {length} tokens in {K}"
         panels.append(Panel(title, "without layer", "mean margin, logits", margins, names))
         panels.append(Panel(title, "without layer", "KL / KL with all layers", divergence, names))
     best: dict[str, Group] = {}  # of each model
@@ -135,7 +133,7 @@ def _strongest(g: Group) -> str:
     text, use = min(names, key=lambda n: mean[n][1]), max(names, key=cost.__getitem__)
     whole, without, fewer = mean["none"], mean[text], mean[use]
     return (
-        f"{short(g.model)}, {g.length} tokens in {g.K} ({g.series}, n {len(entries)}): the passage "
+        f"{g.model}, {g.length} tokens in {g.K} ({g.series}, n {len(entries)}): the passage "
         f"needs layer {text} most (without it the mean margin changes from {whole[1]:.2f} to "
         f"{without[1]:.2f} logits, {without[0]:.1f} of {whole[0]:.1f} leading tokens are left and "
         f"the KL is {cost[text]:.2f} times as large), context mode needs layer {use} most (KL "

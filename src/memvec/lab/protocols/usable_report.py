@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card
-from memvec.lab.report.data import Data, by_length, place, short
+from memvec.lab.report.data import Data, by_length, place
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import (
     Interval,
@@ -100,7 +100,7 @@ def cards(rows: pd.DataFrame) -> list[Card]:
             Card(
                 f"{ratio.value:.2f} × KL",
                 f"of no context, {best.length} exact tokens in K = {best.K}: {best.series}, "
-                f"{short(model)}; 95 % [{ratio.low:.2f}, {ratio.high:.2f}], n {len(best.rows)}",
+                f"{model}; 95 % [{ratio.low:.2f}, {ratio.high:.2f}], n {len(best.rows)}",
             )
         )
     return best_cards

@@ -16,7 +16,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, interval, mean_and_sd
 from memvec.model.reading import StartRule
@@ -53,13 +53,13 @@ class Vectors(Protocol):
             for measure, *labels, published_name in MEASURES:
                 series = []
                 for model, source, table in tables:
-                    series += _measured(f"{short(model)}, {source}", table, measure)
+                    series += _measured(f"{model}, {source}", table, measure)
                 for model in dict.fromkeys(model for model, *_ in tables):
-                    series += _published(model, published_name) if compare else []
+                    series += _published(data, model, published_name) if compare else []
                 if series:
                     panels.append(Panel(labels[rule], "K, vectors", labels[rule], series, log=True))
             for model, source, table in tables:
-                sentences.append(scaling_sentence(f"{short(model)}, {source}, by {by}", table))
+                sentences.append(scaling_sentence(f"{model}, {source}, by {by}", table))
         caption = ["Dashed: the straight line from the smallest K.", *filter(None, sentences)]
         return [Plot("vectors", "More vectors (Figure 4)", " ".join(caption), panels)]
 
@@ -80,7 +80,7 @@ def _sweeps(data: Data) -> Iterator[tuple[str, str, pd.DataFrame]]:
 def _exact_table(measured: pd.DataFrame) -> Table:
     lines: list[TableLine] = [
         [
-            ("model", short(model)),
+            ("model", model),
             ("source", source),
             ("K", int(at["K"])),
             *interval("exact tokens", _mean(at, "longest")),
@@ -112,7 +112,7 @@ def _published_table(data: Data, compare: bool) -> Table:
         for at in published_scaling(group).to_dict("records"):
             longest = at["longest"]
             line: TableLine = [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("K", int(at["K"])),
                 ("Max", None if math.isnan(longest) else int(longest)),
@@ -125,7 +125,8 @@ def _published_table(data: Data, compare: bool) -> Table:
                 ("n", int(at["n"])),
             ]
             if compare:
-                known = published.table1(model, str(group["source"].iloc[0]), int(at["K"])) or {}
+                source_name, name = str(group["source"].iloc[0]), data.published_as(model)
+                known = published.table1(name, source_name, int(at["K"])) or {}
                 line += [
                     ("paper Max", known.get("longest")),
                     ("paper gain", mean_and_sd(known.get("token_gain"))),
@@ -169,12 +170,12 @@ def _measured(name: str, table: pd.DataFrame, measure: str) -> list[Series]:
     return [Series(name, K, y, "line", low, high, hover), line]
 
 
-def _published(model: str, name: str) -> list[Series]:
-    entry = published.published()["vectors"]["values"].get(model)
+def _published(data: Data, model: str, name: str) -> list[Series]:
+    entry = published.published()["vectors"]["values"].get(data.published_as(model))
     if not entry:
         return []
     values = [float(v) for v in entry[name]]
     if name.endswith("_nats"):
         values = [published.bits(v) for v in values]
     K = [float(k) for k in entry["K"][: len(values)]]
-    return [Series(f"{short(model)}, PG-19, published", K, values, "line")]
+    return [Series(f"{model}, PG-19, published", K, values, "line")]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, averaged, short
+from memvec.lab.report.data import Data, averaged
 from memvec.lab.report.table import Table, TableLine
 from memvec.statistics import share_interval
 
@@ -60,7 +60,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
         }
         lines.append(
             [
-                ("model", short(str(model))),
+                ("model", str(model)),
                 ("source", str(source)),
                 ("protocol", str(protocol)),
                 ("K", K),

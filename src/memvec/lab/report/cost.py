@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.table import Table, TableLine
 
 
@@ -12,7 +12,7 @@ def cost_table(data: Data) -> Table:
     for (model, protocol), g in data.rows.groupby(["model", "protocol"], sort=False):
         lines.append(
             [
-                ("model", short(str(model))),
+                ("model", str(model)),
                 ("protocol", str(protocol)),
                 ("cells", g["cell"].nunique()),
                 ("passages", len(g)),

@@ -1,15 +1,14 @@
 """The data of a report: the rows that the last spec plans, facts about the models, and the store.
 
 Rows of different recipes never share a mean: where a protocol has several recipes for a model, each
-gets a name, which is appended to the source's name. A model with quantized weights is another one
-than the model of its name: tables name it with them. Restarts of a passage do not count as
-passages: `Data.of` averages them.
+gets a name, which is appended to the source's name. A model gets the shortest name that no other
+model of the study has. Restarts of a passage do not count as passages: `Data.of` averages them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,10 @@ import pandas as pd
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import plane_of
 from memvec.lab.report.table import TableLine
+from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
+from memvec.lab.study.model_names import model_names
+from memvec.lab.study.spec import ModelKey
 from memvec.lab.study.store import Store
 from memvec.storage import STORAGES
 
@@ -28,11 +30,13 @@ MAX_NAME = 80  # characters of such a name
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The rows of a study as a table; `models`: the description of each model by its name.
+    """The rows of a study as a table.
 
-    Columns beside those of an export: `recipe` (from `recipe_names`), `series` (the source, with
-    the recipe's name if it has one: a line of a table or figure), and `passage_group` (a text that
-    is one draw when passages are resampled). `planned`: number of rows that the last spec plans.
+    The column `model` is the model's name in reports (from `model_names`). By this name, `keys` has
+    what the spec says of each model, and `models` the description of what was loaded. Columns
+    beside those of an export: `recipe` (from `recipe_names`), `series` (the source, with the
+    recipe's name if it has one: a line of a table or figure), and `passage_group` (a text that is
+    one draw when passages are resampled). `planned`: number of rows that the last spec plans.
     """
 
     store: Store
@@ -40,6 +44,7 @@ class Data:
     about: str
     rows: pd.DataFrame
     models: dict[str, dict[str, Any]]
+    keys: dict[str, ModelKey]
     environments: list[dict[str, Any]]
     planned: int
 
@@ -77,6 +82,11 @@ class Data:
         recipe: dict[str, Any] = json.loads(settings)["recipe"]
         return recipe
 
+    def published_as(self, model: str) -> str:
+        """The name under which values of a model are published; '' if its weights are quantized."""
+        key = self.keys[model]
+        return "" if key.quantize else key.name
+
     def width(self, row: pd.Series) -> int:
         """Numbers of a vector of a row: the model's D, or those of the recipe's space."""
         cell = str(row["cell"])
@@ -110,7 +120,7 @@ def by_length(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int, int], p
 
 def place(model: str, source: str, length: int, K: int) -> TableLine:
     """The columns with which a table's line begins, from a key of `by_length`."""
-    return [("model", short(model)), ("source", source), ("length", length), ("K", K)]
+    return [("model", model), ("source", source), ("length", length), ("K", K)]
 
 
 def by_recipe(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame]]:
@@ -125,14 +135,14 @@ def recipe_names(store: Store, without: Sequence[str] = ()) -> dict[str, str]:
     The recipes of cells of one model whose protocols share a plane are compared, without the
     protocols' options in `without`.
     """
-    planes: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    planes: dict[tuple[str, ModelKey], dict[str, dict[str, Any]]] = {}
     for cell, text in store.db.execute(
         "SELECT cell, settings FROM cells WHERE planned > 0 ORDER BY position"
     ):
         s = json.loads(text)
         options = {name: value for name, value in s["options"].items() if name not in without}
         recipe = {**s["recipe"], **options, "storage": s["storage"], "seed": None}
-        planes.setdefault((plane_of(s["protocol"]), s["model"]), {})[cell] = recipe
+        planes.setdefault((plane_of(s["protocol"]), Cell(**s).model_key), {})[cell] = recipe
     names = {}
     for recipes in planes.values():
         kinds: list[dict[str, Any]] = []
@@ -181,26 +191,23 @@ def read_data(store: Store) -> Data:
     rows["series"] = series_names(rows, names)
     # A source's passage i is the same text at every length: one draw when resampling.
     rows["passage_group"] = rows["source"] + " " + rows["number"].astype(str)
-    rows["model"] = [_named(*of) for of in zip(rows["model"], rows["quantize"], strict=True)]
+    cells = store.db.execute(
+        "SELECT cell, settings, description FROM cells WHERE planned > 0 ORDER BY position"
+    ).fetchall()
+    keys = {cell: Cell(**json.loads(settings)).model_key for cell, settings, _ in cells}
+    shown = model_names(keys.values())
+    rows["model"] = [shown[keys[cell]] for cell in rows["cell"]]
     models: dict[str, dict[str, Any]] = {}
-    for model, settings, description in store.db.execute(
-        "SELECT model, settings, description FROM cells WHERE planned > 0 AND description NOT NULL"
-    ):
-        key = _named(str(model), json.loads(settings).get("quantize"))
-        models.setdefault(key, json.loads(description))
+    for cell, _, description in cells:
+        if description is not None:
+            models.setdefault(shown[keys[cell]], json.loads(description))
     used = set(rows["environment"])
     records = store.db.execute("SELECT id, record FROM environments")
     environments = [json.loads(record) for key, record in records if key in used]
     name, about = store.meta("name") or "study", store.meta("about") or ""
-    return Data(store, name, about, rows, models, environments, store.counts()[1])
-
-
-def _named(model: str, quantize: Any) -> str:
-    """A model's name, and how its weights are quantized if they are (a table has NaN for None).
-
-    Values that are published for a model are found by its name, so a quantized one has none.
-    """
-    return f"{model}, {quantize}" if isinstance(quantize, str) else model
+    planned = store.counts()[1]
+    by_name = {shown[key]: key for key in shown}
+    return Data(store, name, about, rows, models, by_name, environments, planned)
 
 
 def short(model: str) -> str:
@@ -208,18 +215,6 @@ def short(model: str) -> str:
     return model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def distinct_names(models: Iterable[str]) -> dict[str, str]:
-    """A name for each model: its last part, with folders in front where two would be alike."""
-    parts = {model: model.rstrip("/").split("/") for model in models}
-    names = {}
-    for model, own in parts.items():
-        others = [other for name, other in parts.items() if name != model]
-        lengths = range(1, len(own) + 1)
-        apart = (n for n in lengths if all(other[-n:] != own[-n:] for other in others))
-        names[model] = "/".join(own[-next(apart, len(own)) :])
-    return names
-
-
 def panel_title(model: str, K: int, recipe: str = "") -> str:
     """Title of a panel of one model, K and recipe."""
-    return f"{short(model)}, K = {K}" + (f", {recipe}" if recipe else "")
+    return f"{model}, K = {K}" + (f", {recipe}" if recipe else "")

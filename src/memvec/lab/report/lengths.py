@@ -9,7 +9,7 @@ import pandas as pd
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Capacity
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, averaged, short
+from memvec.lab.report.data import Data, averaged
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.texts import texts_sentence
 
@@ -33,9 +33,9 @@ def lengths(data: Data, *, compare: bool) -> Plot:
         text = str(rows_of_source["source"].iloc[0])
         known = f"{text}{PUBLISHED}"
         if compare and any(line.x for line in lines) and known not in [s.name for s in series]:
-            series += _published(models, rows_of_source, known)
+            series += _published(data, models, rows_of_source, known)
     kept = sorted({int(x) for s in series for x in s.x})  # models with a capacity
-    names = [short(str(models[i])) for i in kept]
+    names = [str(models[i]) for i in kept]
     moved = [replace(s, x=[float(kept.index(int(x))) for x in s.x]) for s in series]
     panels = [Panel("", "model", "tokens", moved, names)] if series else []
     caption = " ".join(filter(None, [CAPTION, _longest(moved, names), texts_sentence(data)]))
@@ -92,11 +92,14 @@ def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
     )
 
 
-def _published(models: list[str], rows: pd.DataFrame, name: str) -> list[Series]:
+def _published(data: Data, models: list[str], rows: pd.DataFrame, name: str) -> list[Series]:
     """The published Max on the source of `rows`, for the K that is drawn of each model."""
     by_rule = rows[rows["protocol"] == "paper"]
     smallest_K = (rows if by_rule.empty else by_rule).groupby("model")["vectors"].min().to_dict()
     source = str(rows["source"].iloc[0])
-    entries = [(i, published.table1(m, source, smallest_K.get(m, 1))) for i, m in enumerate(models)]
-    known = [(float(i), float(entry["longest"])) for i, entry in entries if entry]
+    entries = [
+        (float(i), published.table1(data.published_as(model), source, smallest_K.get(model, 1)))
+        for i, model in enumerate(models)
+    ]
+    known = [(i, float(entry["longest"])) for i, entry in entries if entry]
     return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []

@@ -18,7 +18,7 @@ import numpy as np
 from memvec import __version__
 from memvec.errors import MemvecError
 from memvec.lab.report.contents import all_cards
-from memvec.lab.report.data import Data, distinct_names, short
+from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
 from memvec.statistics import mean_interval
@@ -75,7 +75,7 @@ def cell_rows(data: Data) -> list[list[Any]]:
         lines.append(
             [
                 key[0],
-                short(str(key[1])),
+                str(key[1]),
                 *(_number(k) for k in key[2:6]),
                 len(g),
                 round(horizon.mean, 2),
@@ -115,7 +115,7 @@ def _explored(data: Data, row: dict[str, Any], vectors: Any, positions: Any) -> 
         [round(float(v), 2) for v in line[:MAX_TOKENS]] for line in positions
     )
     return {
-        "title": f"{row['protocol']} · {short(row['model'])} · {name}",
+        "title": f"{row['protocol']} · {row['model']} · {name}",
         "K": row["vectors"],
         "given": given,
         "pieces": pieces[: MAX_TOKENS + given],
@@ -149,9 +149,8 @@ def reproduce(data: Data) -> dict[str, Any]:
     # A folder of this machine is named by its last part.
     given = spec["model"] or ""
     model = f" --model {short(given) if Path(given).is_absolute() else given}" if given else ""
-    names = distinct_names(data.models)
     models = {
-        names[name]: {k: v for k, v in d.items() if k not in ("probe", "name")}
+        name: {k: v for k, v in d.items() if k not in ("probe", "name")}
         for name, d in data.models.items()
     }
     return {

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from memvec.errors import MemvecError
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine
 from memvec.statistics import Mean, mean_interval
@@ -78,7 +78,7 @@ def positions_table(data: Data) -> Table:
         overall = mean_interval([float((m <= 0).mean()) for m in e.margins])
         lines.append(
             [
-                ("model", short(e.model)),
+                ("model", e.model),
                 ("source", e.series),
                 ("protocol", e.protocol),
                 ("K", e.K),
@@ -126,7 +126,7 @@ def positions_figure(data: Data) -> Plot:
                 cases, later = cases + 1, later + (y[-1] > y[0])
         if not any(v for s in series for v in s.y):
             continue  # no errors to show; the table says so
-        title = f"{short(str(model))}, {protocol}"
+        title = f"{model}, {protocol}"
         panels.append(Panel(title, "place in the passage, %", "% wrong", series))
     caption = (
         "Share of wrong arg-maxes in each fifth of the passage at the longest length, mean over "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import paired_difference
 
@@ -38,7 +38,7 @@ def recipes_table(data: Data) -> Table:
                 lines.append(
                     [
                         ("protocol", protocol),
-                        ("model", short(str(model))),
+                        ("model", str(model)),
                         ("source", source),
                         ("K", int(K)),
                         ("length", int(length)),

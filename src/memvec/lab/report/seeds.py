@@ -8,7 +8,7 @@ deviation estimates how much a repetition of the whole study would differ.
 from __future__ import annotations
 
 from memvec.lab.protocols.paper import paper_result
-from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.data import Data, by_series
 from memvec.lab.report.table import Table, TableLine, with_sd
 from memvec.statistics import mean_interval
 
@@ -36,7 +36,7 @@ def seeds_table(data: Data) -> Table:
         accuracy = mean_interval(shared.groupby("seed")["accuracy"].mean().tolist())
         lines.append(
             [
-                ("model", short(model)),
+                ("model", model),
                 ("source", source),
                 ("K", K),
                 ("seeds", len(seeds)),

@@ -3,7 +3,7 @@
 A line is a list of pairs, so that the title of a column stands beside its cell:
 
     line = [
-        ("model", short(model)),
+        ("model", model),
         *interval("exact tokens", mean_interval(horizons)),  # and its columns "low" and "high"
         ("n", len(horizons)),
     ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from memvec.lab.protocols.paper import unsaturated
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Difference, paired_difference, separate_difference
 
@@ -100,7 +100,7 @@ def texts_table(data: Data) -> Table:
     """The comparisons, one line each."""
     lines: list[TableLine] = [
         [
-            ("model", short(c.model)),
+            ("model", c.model),
             ("K", c.K),
             ("texts", f"{c.first} − {c.second}"),
             ("measure", c.measure),
@@ -121,7 +121,7 @@ def texts_sentence(data: Data) -> str:
     """The differences of information gain between written texts, for a caption; '' without any."""
     between = [c for c in comparisons(data) if c.measure == "bits" and not c.paired]
     return " ".join(
-        f"{c.first} − {c.second}, {short(c.model)}, K = {c.K}: {c.difference.value:+.0f} bits "
+        f"{c.first} − {c.second}, {c.model}, K = {c.K}: {c.difference.value:+.0f} bits "
         f"[{c.difference.low:.0f}, {c.difference.high:.0f}], {c.difference.p_value()}; "
         f"{c.conclusion}."
         for c in between[:4]

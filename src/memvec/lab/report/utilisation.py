@@ -14,7 +14,7 @@ from memvec import metrics
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Gains
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, clustered_mean
@@ -78,7 +78,7 @@ def utilisation_table(data: Data) -> Table:
     """Figure 5 in numbers."""
     lines: list[TableLine] = [
         [
-            ("model", short(u.model)),
+            ("model", u.model),
             ("source", u.series),
             ("protocol", u.protocol),
             ("K", u.K),
@@ -120,19 +120,19 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     for name in dict.fromkeys(u.series for u in selected.values()):
         of_series = [u for u in selected.values() if u.series == name]
         x = [float(models.index(u.model)) for u in of_series]
-        hover = [short(u.model) for u in of_series]
+        hover = [u.model for u in of_series]
         theoretical = [u.theoretical for u in of_series]
         gains = [u.token_gain for u in of_series]
         reached.append(estimates(name, theoretical, gains, "points", hover))
         share.append(estimates(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
         share.append(estimates(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
     if compare:
-        share += _published(models, list(selected.values()))
+        share += _published(data, models, list(selected.values()))
     limit = max([1.0, *(u.theoretical for u in selected.values())])
     reached.append(Series("y = x", [0.0, limit], [0.0, limit], "dashed"))
     panels = [
         Panel("reached", "theoretical tokens", "token gain", reached),
-        Panel("utilisation", "model", "%", share, [short(m) for m in models]),
+        Panel("utilisation", "model", "%", share, list(models)),
     ]
     return Plot(
         "utilisation",
@@ -143,17 +143,18 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     )
 
 
-def _published(models: list[str], measured: list[Utilisation]) -> list[Series]:
+def _published(data: Data, models: list[str], measured: list[Utilisation]) -> list[Series]:
     """The paper's shares of tokens, which are those of one vector, beside measured ones of one."""
     values = published.published()["utilisation"]["values"]
     texts, series = {u.series for u in measured}, []
-    single = {u.model for u in measured if u.K == 1} & values.keys()
-    for key, name in (("pg19", "PG-19"), ("random", "random words")):
-        known = [(float(i), values[m]) for i, m in enumerate(models) if m in single]
-        wanted = key == "pg19" or any(text.startswith("random-words") for text in texts)
+    single = {u.model for u in measured if u.K == 1}
+    names = [(float(i), data.published_as(m)) for i, m in enumerate(models) if m in single]
+    for key, text in (("pg19", "PG-19"), ("random", "random words")):
+        known = [(i, values[name]) for i, name in names if name in values]
+        wanted = key == "pg19" or any(name.startswith("random-words") for name in texts)
         if known and wanted:
             xs, ys = [x for x, _ in known], [v[f"utilisation_{key}"] for _, v in known]
-            series.append(Series(f"{name}, tokens, published", xs, ys, "bars"))
+            series.append(Series(f"{text}, tokens, published", xs, ys, "bars"))
     return series
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
+from memvec.lab.study.spec import ModelKey, ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
 from memvec.recipe_effect import check_effect
 from memvec.usable.recipe_files import hashes_of, named_files
@@ -63,6 +63,11 @@ class Cell:
             if not settings[name]:  # as in the keys of cells from before the field existed
                 del settings[name]
         return settings
+
+    @property
+    def model_key(self) -> ModelKey:
+        """Which model of the spec the cell belongs to."""
+        return ModelKey(self.model, self.revision, self.dtype, self.quantize)
 
     def to_recipe(self) -> Recipe:
         """The cell's recipe as a Recipe."""

@@ -33,8 +33,9 @@ from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
+from memvec.lab.study.spec import ModelKey
 from memvec.lab.study.store import Store
-from memvec.lab.study.stored_model import cell_of, model_of
+from memvec.lab.study.stored_model import by_model, cell_of, model_of
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
@@ -70,15 +71,15 @@ def check_study(
         if strays:
             wrong.append(f"{len(strays)} rows name a cell that the study does not have.")
         frame = _sampled(store, sample)
-        for name, rows in frame.groupby("model", sort=False):
+        for of, rows in by_model(store, frame):
             described, _ = cell_of(store, str(rows.iloc[0]["cell"]))
-            lm = model_of(described, str(name), model=model, device=device, load=load)
+            lm = model_of(described, of.name, model=model, device=device, load=load)
             for key, group in rows.groupby("cell", sort=False):
                 _, cell = cell_of(store, str(key))
                 wrong += _check_cell(store, str(key), cell)
                 for row in group.to_dict("records"):
                     wrong += _check_row(lm, store, cell, row, dtype=described["dtype"], worst=worst)
-            wrong += _check_pairs(lm, store, str(name), MAX_PAIRS if sample else 0, worst)
+            wrong += _check_pairs(lm, store, of, MAX_PAIRS if sample else 0, worst)
     unchecked = [sentence for name in frame["protocol"].unique() for sentence in _unchecked(name)]
     return {"rows": len(frame), "worst": worst, "wrong": wrong, "unchecked": unchecked}
 
@@ -292,15 +293,18 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
 
 
 def _check_pairs(
-    lm: FrozenLM, store: Store, model: str, limit: int, worst: dict[str, float]
+    lm: FrozenLM, store: Store, of: ModelKey, limit: int, worst: dict[str, float]
 ) -> list[str]:
-    """Sentences about measurements of pairs of restarts that disagree; `limit` pairs, 0: all."""
+    """Sentences about measurements of pairs of a model's restarts that disagree.
+
+    `limit` pairs are measured again, 0: all.
+    """
     wrong = []
     pairs = store.db.execute(
         "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
-        "WHERE model = ? AND planned > 0 ORDER BY position, second, number",
-        (model,),
+        "WHERE planned > 0 ORDER BY position, second, number"
     ).fetchall()
+    pairs = [pair for pair in pairs if cell_of(store, pair[0])[1].model_key == of]
     for first, second, number, text in pairs[: limit or None]:
         place = f"cells {first} and {second}, passage {number}"
         try:

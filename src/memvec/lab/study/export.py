@@ -25,6 +25,7 @@ CELL_COLUMNS = {
     "random_text": "true if a program drew the source's text",
 }
 SETTING_COLUMNS = {  # of the cell's settings, under the same names
+    "revision": "revision of a Hub model, as in the spec; empty: the default",
     "dtype": "dtype of the model, as in the spec",
     "quantize": "8bit or 4bit, as in the spec; empty if no weights are quantized",
     "recipe": "all fields of the recipe, as JSON",

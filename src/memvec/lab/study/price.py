@@ -16,6 +16,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell, Planned, too_long
 from memvec.lab.study.facts import facts_of_name
+from memvec.lab.study.model_names import loading_words
 from memvec.lab.study.spec import Spec
 from memvec.loading import local_folder
 from memvec.model.estimate import Facts, estimate
@@ -38,22 +39,22 @@ class Price:
     gpu_hours: float | None  # None: nothing is known of the model
     cpu_hours: float | None
     memory_gib: float | None  # peak of a step: weights, activations, logits and slots
+    loaded: str = ""  # 'bfloat16, 8bit', where the name does not say which model it is
 
 
 def price(planned: Sequence[Planned]) -> list[Price]:
     """The price of each model of a plan. Raises MemvecError as `facts_of_name`."""
     prices = []
-    for model in dict.fromkeys(p.cell.model for p in planned):
-        cells_of_model = [p for p in planned if p.cell.model == model]
+    for key, loaded in loading_words(p.cell.model_key for p in planned).items():
+        cells_of_model = [p for p in planned if p.cell.model_key == key]
         cells, passages = len(cells_of_model), sum(p.passages for p in cells_of_model)
         gpu = cpu = memory = None
-        if (facts := facts_of_name(model)) is not None:
+        if (facts := facts_of_name(key.name)) is not None:
             tokens = sum(max_tokens(p) * p.passages for p in cells_of_model)
             gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
             memory = max(_memory(p, facts) for p in cells_of_model) / 2**30
-        prices.append(
-            Price(model, cells, passages, gpu_hours=gpu, cpu_hours=cpu, memory_gib=memory)
-        )
+        costs = {"gpu_hours": gpu, "cpu_hours": cpu, "memory_gib": memory}
+        prices.append(Price(key.name, cells, passages, **costs, loaded=loaded))
     return prices
 
 

@@ -134,7 +134,7 @@ class _Run:
 
     def run(self, make_pool: MakePool) -> StudyStatus:
         for model in self.spec.models:
-            cells_of_model = [p for p in self.planned if p.cell.model == model.name]
+            cells_of_model = [p for p in self.planned if p.cell.model_key == model.key]
             if not any(self._left(p) for p in cells_of_model) and not any(
                 self._open_pairs(cells_of_model)
             ):

@@ -20,7 +20,7 @@ import re
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,6 +46,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ModelKey(NamedTuple):
+    """What says which weights are read: two models of a spec differ in one of these."""
+
+    name: str
+    revision: str | None
+    dtype: str
+    quantize: str | None
+
+
 class ModelSpec(Strict):
     """A model of the study."""
 
@@ -61,6 +70,11 @@ class ModelSpec(Strict):
         default=None,
         description="8bit or 4bit: linear weights in few bits; default: none are",
     )
+
+    @property
+    def key(self) -> ModelKey:
+        """What tells the model from the others of the spec."""
+        return ModelKey(self.name, self.revision, self.dtype, self.quantize)
 
 
 class RunSpec(Strict):
@@ -157,7 +171,10 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
 
 
 def with_model(spec: Spec, name: str) -> Spec:
-    """The same study for another model, loaded as all of the spec's models are, if they agree."""
+    """The same study for another model, loaded as the spec's models are.
+
+    The ways in which different models are loaded are kept if they agree.
+    """
     runs, seen = [], set()
     for run in spec.runs:
         one = run.model_copy(update={"models": ()})
@@ -165,10 +182,11 @@ def with_model(spec: Spec, name: str) -> Spec:
         if key not in seen:  # runs that differed by their model only
             seen.add(key)
             runs.append(one)
-    ways = {(model.dtype, model.quantize) for model in spec.models}
-    dtype, quantize = ways.pop() if len(ways) == 1 else ("auto", None)
-    replaced = ModelSpec(name=name, dtype=dtype, quantize=quantize)
-    return spec.model_copy(update={"models": (replaced,), "runs": tuple(runs)})
+    ways = list(dict.fromkeys((model.dtype, model.quantize) for model in spec.models))
+    if len(ways) > 1 and len({model.name for model in spec.models}) > 1:
+        ways = [("auto", None)]
+    models = tuple(ModelSpec(name=name, dtype=dtype, quantize=bits) for dtype, bits in ways)
+    return spec.model_copy(update={"models": models, "runs": tuple(runs)})
 
 
 def _name_sources(data: dict[str, Any]) -> None:
@@ -263,21 +281,18 @@ def _check(spec: Spec, where: str) -> None:
         raise MemvecError(f"{where}: unknown device '{spec.device}': use auto, cpu or cuda:0.")
     for model in spec.models:
         if model.dtype not in ("auto", *DTYPES):
-            raise MemvecError(
-                f"{where}: unknown dtype '{model.dtype}' of {model.name}: "
-                f"{did_you_mean(model.dtype, ('auto', *DTYPES))}"
-            )
+            hint = did_you_mean(model.dtype, ("auto", *DTYPES))
+            raise MemvecError(f"{where}: unknown dtype '{model.dtype}' of {model.name}: {hint}")
     models = [m.name for m in spec.models]
     sources = [s.name for s in spec.sources]
-    # Rows and tables name a model by its `name` alone.
-    twin = "a model is in a spec once; with another dtype or quantize it is in a spec of its own"
-    for kind, names, remedy in (
-        ("models", models, twin),
-        ("sources", sources, "give one a name"),
-    ):
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': {remedy}.")
+    keys = [m.key for m in spec.models]
+    if alike := [key.name for key in keys if keys.count(key) > 1]:
+        raise MemvecError(
+            f"{where}: the model '{alike[0]}' is there twice: remove one, or load it in another "
+            "way (revision, dtype, quantize)."
+        )
+    if alike := [name for name in sources if sources.count(name) > 1]:
+        raise MemvecError(f"{where}: two sources are called '{alike[0]}': give one a name.")
     for i, run in enumerate(spec.runs, 1):
         place = f"{where}: run {i} ({run.protocol})"
         for kind, wanted, known in (

@@ -149,12 +149,14 @@ class Store:
 
         Of several lengths the longest; cells of an earlier spec count.
         """
+        # A source may have the model's own text, which depends on how the model is loaded.
+        settings = ("source_settings", "revision", "dtype", "quantize")
+        both = "json_extract(this.settings, '$.{0}') IS json_extract(cells.settings, '$.{0}')"
+        alike = " AND ".join(both.format(name) for name in settings)
         query = (
             "SELECT DISTINCT number, ids FROM cells AS this "
             "JOIN cells USING (model, source) JOIN rows ON rows.cell = cells.cell "
-            "JOIN passages USING (passage) WHERE this.cell = ? AND "
-            "json_extract(this.settings, '$.source_settings') = "
-            "json_extract(cells.settings, '$.source_settings') ORDER BY length(ids)"
+            f"JOIN passages USING (passage) WHERE this.cell = ? AND {alike} ORDER BY length(ids)"
         )
         return {int(n): passages.from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import pandas as pd
 
 from memvec.errors import MemvecError
 from memvec.lab.study.cells import Cell
+from memvec.lab.study.spec import ModelKey
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
 from memvec.model.fingerprint import Fingerprint
@@ -20,6 +23,13 @@ def cell_of(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
         "SELECT description, settings FROM cells WHERE cell=?", (key,)
     ).fetchone()
     return json.loads(description), Cell(**json.loads(settings))
+
+
+def by_model(store: Store, rows: pd.DataFrame) -> Iterator[tuple[ModelKey, pd.DataFrame]]:
+    """(key, rows) of each model of the spec, in the order of the rows."""
+    keys = {cell: cell_of(store, cell)[1].model_key for cell in dict.fromkeys(rows["cell"])}
+    for key in dict.fromkeys(keys.values()):
+        yield key, rows[[keys[cell] == key for cell in rows["cell"]]]
 
 
 def model_of(

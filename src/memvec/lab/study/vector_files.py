@@ -17,7 +17,7 @@ from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.passages import Kept
 from memvec.lab.study.store import Store
-from memvec.lab.study.stored_model import cell_of, model_of
+from memvec.lab.study.stored_model import by_model, cell_of, model_of
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import reading_named
@@ -57,14 +57,14 @@ def export_vectors(
     with Store(folder) as store:
         frame = read_rows(store)
         frame = frame[frame["planned"]]
-        for name, rows in frame.groupby("model", sort=False):
+        for of, rows in by_model(store, frame):
             lm: FrozenLM | None = None
             for key, group in rows.groupby("cell", sort=False):
                 description, cell = cell_of(store, str(key))
                 if why := _unfit(cell):
                     left_out.append(f"cell {key} ({cell.protocol}, {cell.source}): {why}.")
                     continue
-                lm = lm or model_of(description, str(name), model=model, device=device, load=load)
+                lm = lm or model_of(description, of.name, model=model, device=device, load=load)
                 mem = vectors_of_cell(lm, store, cell, group.to_dict("records"))
                 make_folder(target)
                 path = mem.save(target / f"{key}.mem.safetensors")
