@@ -99,7 +99,11 @@ class Context(Protocol):
                     key = {"none": "0", vector: "vector"}.get(name, name.split()[0])
                     comparable = key != "vector" or K == 1
                     text = str(group["source"].iloc[0])
-                    known = _published(model, text, length, key) if comparable else None
+                    known = (
+                        _published(data.published_as(model), text, length, key)
+                        if comparable
+                        else None
+                    )
                     line.append(("paper, bits", known))
                 lines.append(line)
         note = (

@@ -115,7 +115,7 @@ class Copy(Protocol):
                 diagonal(group["lm_bits"]),
             ]
             if compare and K == 1 and "random-words" in set(group["source"]):
-                series += _published(model)
+                series += _published(data.published_as(str(model)))
             title = panel_title(model, K, recipe)
             panels.append(Panel(title, "bits without either, H", "bits removed", series))
         caption = "One point per passage. On the dashed line all bits of the passage are removed."
