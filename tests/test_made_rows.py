@@ -684,6 +684,55 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
     assert not [line.name for line in panel.series if "published" in line.name]
 
 
+@pytest.mark.parametrize("loaded", ["", 'quantize = "8bit"'])
+@pytest.mark.parametrize(
+    ("protocol", "model", "fields"),
+    [
+        ("one-step", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [2]"),
+        (
+            "one-step-arrangements",
+            "meta-llama/Llama-3.2-1B",
+            'lengths = [4]\nvectors = [2]\narrangement = "pairs"',
+        ),
+        ("threshold", "EleutherAI/pythia-160m", "lengths = [4]"),
+        ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4]"),
+        ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
+        ("vectors", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
+        ("context", "EleutherAI/pythia-410m", "lengths = [64]\ncontexts = [64]"),
+    ],
+)
+def test_published_values_are_found_by_the_models_full_name(
+    protocol, model, fields, loaded, store, monkeypatch
+):
+    """Tables name the model by its last part. Quantized weights are not those of a publication.
+
+    The protocol `vectors` reports several K of the protocol `paper`, too.
+    """
+    head = HEAD.replace('"pocket"', f'"{model}"\n{loaded}').replace("random-tokens", "pg19")
+    monkeypatch.setattr(sys.modules[__name__], "HEAD", head)
+    extra = {"after_context": {"64": [20.0, 3]}, "decode_seconds": None}
+    reporting = "vectors" if "vectors = [1, 2]" in fields else protocol
+    run = f'[[runs]]\nprotocol = "{protocol}"\n{fields}\npassages = 2\n'
+    data = made(store, run, lambda cell, number: {"extra": extra, "accuracy": 0.9})
+    of_paper = [
+        value
+        for table in protocol_of(reporting).tables(data, compare=True)
+        for row in table.rows
+        for column, value in zip(table.columns, row, strict=True)
+        if column.startswith("paper") and value is not None
+    ]
+    in_figures = [
+        series.name
+        for plot in protocol_of(reporting).figures(data, compare=True)
+        for panel in plot.panels
+        for series in panel.series
+        if series.name.endswith("published")
+    ]
+    assert bool(of_paper or in_figures) == (not loaded)
+    if protocol == "paper":
+        assert bool(of_paper) == (not loaded)
+
+
 def test_the_table_of_the_documented_protocol_has_a_mean_over_passages(store, monkeypatch):
     """The protocol is the example of docs/howto/add-protocol.md."""
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
