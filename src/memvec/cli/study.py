@@ -15,7 +15,7 @@ from memvec.cli import options
 from memvec.cli.common import reporting_interrupt, study_loading
 from memvec.cli.study_results import StudyFolder
 from memvec.cli.study_results import app as results
-from memvec.cli.study_tables import print_prices, print_rows
+from memvec.cli.study_tables import AS_LOADED, print_prices, print_rows, without_usual
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ app = typer.Typer(
 )
 
 NEEDED = ("matplotlib", "pandas")
-# How a cell's model is loaded: shown where a spec says something else than this.
-AS_LOADED = {"revision": None, "dtype": "auto", "quantize": None}
 
 SpecFile = Annotated[Path, typer.Argument(help="A spec: a TOML file.")]
 SpecModel = Annotated[
@@ -238,9 +236,7 @@ def _cells(store: Store) -> list[dict[str, Any]]:
         "FROM cells ORDER BY planned = 0, position"
     )
     names = [description[0] for description in cursor.description]
-    rows = [dict(zip(names, row, strict=True)) for row in cursor]
-    told = [name for name, usual in AS_LOADED.items() if any(row[name] != usual for row in rows)]
-    return [{k: v for k, v in row.items() if k in told or k not in AS_LOADED} for row in rows]
+    return without_usual([dict(zip(names, row, strict=True)) for row in cursor])
 
 
 def _studies(folder: Path) -> list[dict[str, Any]]:

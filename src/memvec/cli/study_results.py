@@ -11,7 +11,13 @@ import typer
 from memvec.cli import options
 from memvec.cli.common import study_loading
 from memvec.cli.expected import number_of
-from memvec.cli.study_tables import FORMATS, print_check, print_report_table, print_rows
+from memvec.cli.study_tables import (
+    FORMATS,
+    print_check,
+    print_report_table,
+    print_rows,
+    without_usual,
+)
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -85,7 +91,8 @@ def vectors(
     if not written:
         say(f"Nothing was written: {folder} has no finished cell whose vectors a file can hold.")
         return
-    print_rows([{k: v for k, v in row.items() if k != "file"} for row in written], out)
+    shown = [{k: v for k, v in row.items() if k != "file"} for row in written]
+    print_rows(without_usual(shown), out)
     say(
         f"{out} has {number_of(len(written), 'file')}, CELL.mem.safetensors. The column 'cell' of "
         "memvec study export names the same cells."

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "markdown", "latex", "csv")  # of a report's tables
 WIDEST = 1000  # characters of a line where there is no terminal
+AS_LOADED = {"revision": None, "dtype": "auto", "quantize": None}  # of a model, unless a spec says
 MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
@@ -51,21 +52,21 @@ def _amount(number: float) -> str:
     return f"{number:,.2f}" if number == 0 or number >= 0.005 else "< 0.01"
 
 
+def without_usual(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of cells without the columns that say of every row that its model is loaded as usual."""
+    usual = {name for name, value in AS_LOADED.items() if all(row[name] == value for row in rows)}
+    return [{name: v for name, v in row.items() if name not in usual} for row in rows]
+
+
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     """The table of `study ls` and `study vectors`: a row for each study, cell or file."""
-    from rich.table import Table
-
-    from memvec.cli.display import out, safe
+    from memvec.cli.display import out
 
     if not rows:
         out.print(f"No studies in the folder {folder.resolve()}.", markup=False)
         return
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")  # the key of a cell is of no use if it is cut off
-    for row in rows:
-        table.add_row(*["" if v is None else safe(str(v)) for v in row.values()])
-    out.print(table)
+    texts = [["" if v is None else str(v) for v in row.values()] for row in rows]
+    _print_fitting(list(rows[0]), texts)
 
 
 def print_check(checked: dict[str, Any]) -> None:
@@ -86,35 +87,44 @@ def print_check(checked: dict[str, Any]) -> None:
 
 def print_report_table(table: ReportTable, form: str) -> None:
     """One table of a report, in one of FORMATS."""
+    if form != "text":
+        forms = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
+        typer.echo(forms[form]())
+        return
+    _print_fitting(table.columns, table.shown(), title=table.title, note=table.note)
+
+
+def _print_fitting(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", note: str = ""
+) -> None:
+    """A table; on a narrow terminal, columns that say the same of all rows stand above it.
+
+    A file or a pipe is as wide as the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from memvec.cli.display import out, safe
 
-    if form != "text":
-        forms = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
-        typer.echo(forms[form]())
-        return
-    # A file or a pipe is as wide as the table. On a narrower terminal, columns that say the same of
-    # all rows stand above the others.
     console = out if out.is_terminal else Console(highlight=False, file=out.file, width=WIDEST)
-    rows, same = table.shown(), set[int]()
-    if len(rows) > 1 and _width(table.columns, rows) > console.width:
-        same = {i for i in range(len(table.columns)) if len({row[i] for row in rows}) == 1}
-    above = ", ".join(f"{table.columns[i]} {rows[0][i]}" for i in sorted(same))
-    title = f"{table.title} ({above})" if above else table.title
-    shown = Table(
-        title=safe(title),
-        title_justify="left",
-        caption=safe(table.note),
-        caption_justify="left",
-    )
-    columns = [i for i in range(len(table.columns)) if i not in same]
-    for i in columns:
-        shown.add_column(safe(table.columns[i]), overflow="fold")
+    same = set[int]()
+    if len(rows) > 1 and _width(columns, rows) > console.width:
+        same = {i for i in range(len(columns)) if len({row[i] for row in rows}) == 1}
+    above = ", ".join(f"{columns[i]} {rows[0][i]}" for i in sorted(same) if rows[0][i])
+    # Title and note are not the table's own, which would be as narrow as the table.
+    if heading := f"{title} ({above})" if title and above else title or above:
+        console.print(safe(heading), style="italic")
+    shown = Table()
+    kept = [i for i in range(len(columns)) if i not in same]
+    for i in kept:
+        # The key of a cell is of no use if it is cut off.
+        shown.add_column(safe(columns[i]), overflow="fold")
     for row in rows:
-        shown.add_row(*(safe(row[i]) for i in columns))
+        shown.add_row(*(safe(row[i]) for i in kept))
     console.print(shown)
+    if note:
+        console.print(safe(note), style="dim italic")
+        console.print()
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

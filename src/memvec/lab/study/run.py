@@ -20,6 +20,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Planned, expand
+from memvec.lab.study.model_names import model_names
 from memvec.lab.study.pool import Pool, StudyUnit, in_units
 from memvec.lab.study.price import max_tokens, problems
 from memvec.lab.study.spec import ModelSpec, Spec
@@ -120,6 +121,7 @@ class _Run:
         self.on_status = on_status
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
+        self.names = model_names([model.key for model in spec.models])
         self.passages = {p.cell.key: p.passages for p in planned}
         for p in planned:
             _drop_unfinished_groups(store, p)
@@ -139,7 +141,7 @@ class _Run:
                 self._open_pairs(cells_of_model)
             ):
                 continue
-            self.what = f"loading {model.name}"
+            self.what = f"loading {self.names[model.key]}"
             self._report()
             pool = make_pool(model)
             try:
@@ -178,7 +180,7 @@ class _Run:
             known = self.store.done(p.cell.key)
             if not self._left(p):
                 continue
-            self.what = _name(p)
+            self.what = self._name(p)
             self.store.describe(p.cell.key, description)
             texts = pool.find(p.cell, self.sources[p.cell.source], p.passages, self.base)
             hashes = [ids_hash(f.passage.ids) for f in texts.passages]
@@ -235,6 +237,12 @@ class _Run:
 
     # ------------------------------------------------------------------ progress
 
+    def _name(self, p: Planned) -> str:
+        """What the cell is, for the display."""
+        c, model = p.cell, self.names[p.cell.model_key]
+        numbers = f"{c.length} tokens · K {c.vectors} · seed {c.seed}"
+        return f"{c.protocol} · {model} · {c.source} · {numbers}"
+
     def status(self) -> StudyStatus:
         """Progress so far."""
         seconds = time.monotonic() - self.began
@@ -273,10 +281,3 @@ def _drop_unfinished_groups(store: Store, p: Planned) -> None:
             "FROM rows WHERE cell = :cell GROUP BY number / :size HAVING count(*) < :size)",
             {"cell": p.cell.key, "size": size},
         )
-
-
-def _name(p: Planned) -> str:
-    c = p.cell
-    return (
-        f"{c.protocol} · {c.model} · {c.source} · {c.length} tokens · K {c.vectors} · seed {c.seed}"
-    )

@@ -27,7 +27,17 @@ from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from memvec.writing import make_folder, path_of
 
-SHOWN = ("protocol", "model", "source", "length", "vectors", "seed")  # of a cell, beside its file
+SHOWN = (  # of a cell, beside its file
+    "protocol",
+    "model",
+    "revision",
+    "dtype",
+    "quantize",
+    "source",
+    "length",
+    "vectors",
+    "seed",
+)
 
 
 @plain_torch()
