@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -62,6 +63,37 @@ def test_a_result_is_checked_with_the_arguments():
     assert transposed(X[:, :2]).shape == (2, 2)
     with pytest.raises(Wrong):
         transposed(X)
+
+
+@typechecks.checked
+def counted(x: Float[Tensor, " T"], rule: Literal["a", "b"], result: Any) -> int:
+    return result
+
+
+@typechecks.checked
+def sized(x: Float[Tensor, " T"], sizes: dict[str, int]) -> Float[Tensor, " T"]:
+    return x
+
+
+def test_a_call_is_wrong_after_a_right_one_that_differs_in_any_way_that_types_tell():
+    """Shapes, dtypes, classes, values of strings, contents of containers, and the result."""
+    for wrong in ((X, "a", 3), (X[0].long(), "a", 3), ([0.0], "a", 3), (X[0], "c", 3)):
+        assert counted(X[0], "a", 3) == counted(X[0], "b", 3) == 3
+        with pytest.raises(Wrong):
+            counted(*wrong)
+    assert sized(X[0], {"n": 1}).shape == (3,)
+    with pytest.raises(Wrong):
+        sized(X[0], {"n": "1"})
+    returned = iter([3, "3", 3])
+
+    @typechecks.checked
+    def drawn(x: Float[Tensor, " T"]) -> int:
+        return next(returned)
+
+    assert drawn(X[0]) == 3
+    with pytest.raises(Wrong):
+        drawn(X[0])
+    assert drawn(X[0]) == 3
 
 
 def test_an_inner_function_is_checked_and_keeps_its_closure():
