@@ -389,9 +389,9 @@ def test_a_step_takes_the_estimated_memory(kind, dtype, checkpointing, monkeypat
 
     model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
     lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
-    step = works(lm, batch_size=8, T=96)["step"]
+    step = works(lm, batch_size=4, T=96)["step"]
     step()  # the first step also sets up what later steps use
-    assert estimates(lm, batch_size=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
+    assert estimates(lm, batch_size=4, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
 
 
 def test_the_parameters_of_a_configuration_are_counted():
