@@ -6,7 +6,9 @@ the function and checks arguments and result together. It also makes its checks 
 a function inside another is defined. This took half of the suite's processor time. The decorator of
 this module checks arguments and result once each, and makes a function's checks once, at its first
 call. In each test it checks the first `FIRST` calls of a function, and then one in `EVERY`, because
-a loop of steps calls each function with the same types a thousand times.
+a loop of steps calls each function with the same types a thousand times. Where shapes have letters,
+it does not check a call again whose arguments and result are of the same kinds (class, shape,
+dtype, value of a text) as those of an earlier right call.
 
 As in jaxtyping, a letter of shapes (B, K, T, D, V) is the same number within one call, and
 `jaxtyping_disable` switches all checks off.
@@ -31,9 +33,11 @@ Check = Callable[..., Any]
 config = jaxtyping.config
 checking = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 one_call = functools.partial(jaxtyping.jaxtyped, "context")  # within, letters keep their numbers
-# By the identity of a function's code, which is kept: two functions may have equal code.
+# By the identity of a function's code, which is kept (two functions may have equal code): the
+# checks of arguments and result, whether shapes have letters, and the kinds of earlier right calls.
 known: dict[int, tuple[types.CodeType, Check, Check, bool, set[Any]]] = {}
-FIRST, EVERY, MANY = 32, 16, 1000
+FIRST, EVERY = 32, 16
+MANY = 1000  # kinds of calls that are kept of a function
 calls: dict[int, int] = {}  # by the same identity, since the test began (tests/conftest.py)
 
 
