@@ -383,6 +383,18 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("own", [None, "5"])
+def test_waiting_threads_sleep_soon_unless_the_variable_is_set(own, monkeypatch):
+    """It is set before torch, and with it OpenMP, can be imported by the command."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", own or "")
+    if own is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    seen = []
+    monkeypatch.setattr("memvec.cli.app.run", lambda: seen.append(os.environ["GOMP_SPINCOUNT"]))
+    memvec.cli.main()
+    assert seen == [own or "1000"]
+
+
 @pytest.mark.parametrize(("words", "sentence"), BAD, ids=lambda x: str(x)[:40])
 def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, words, sentence):
     here = letter.parent

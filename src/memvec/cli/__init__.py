@@ -4,13 +4,16 @@ Exit codes: 0 done and exact; 2 invalid input (one sentence on stderr); 3 not ex
 interrupted.
 """
 
-import sys
+import os
 
 
 def main() -> None:
     """Entry point. Ctrl-C while the command line is imported is exit code 130, too."""
+    # Read by GNU OpenMP when torch is imported. By default, threads that wait for each other keep
+    # their cores busy, and beside another busy process every one of them waits long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         from memvec.cli.app import run
     except KeyboardInterrupt:
-        sys.exit(130)
+        raise SystemExit(130) from None
     run()
