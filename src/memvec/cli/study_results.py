@@ -16,7 +16,7 @@ from memvec.cli.study_tables import (
     print_check,
     print_report_table,
     print_rows,
-    without_usual,
+    without_defaults,
 )
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 
@@ -92,7 +92,7 @@ def vectors(
         say(f"Nothing was written: {folder} has no finished cell whose vectors a file can hold.")
         return
     shown = [{k: v for k, v in row.items() if k != "file"} for row in written]
-    print_rows(without_usual(shown), out)
+    print_rows(without_defaults(shown), out)
     say(
         f"{out} has {number_of(len(written), 'file')}, CELL.mem.safetensors. The column 'cell' of "
         "memvec study export names the same cells."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "markdown", "latex", "csv")  # of a report's tables
 WIDEST = 1000  # characters of a line where there is no terminal
-AS_LOADED = {"revision": None, "dtype": "auto", "quantize": None}  # of a model, unless a spec says
+DEFAULT_LOADING = {"revision": None, "dtype": "auto", "quantize": None}  # of a model of a spec
 MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
@@ -52,10 +52,10 @@ def _amount(number: float) -> str:
     return f"{number:,.2f}" if number == 0 or number >= 0.005 else "< 0.01"
 
 
-def without_usual(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of cells without the columns that say of every row that its model is loaded as usual."""
-    usual = {name for name, value in AS_LOADED.items() if all(row[name] == value for row in rows)}
-    return [{name: v for name, v in row.items() if name not in usual} for row in rows]
+def without_defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of cells without the columns in which every row has the default of loading a model."""
+    same = {k for k, default in DEFAULT_LOADING.items() if all(row[k] == default for row in rows)}
+    return [{name: v for name, v in row.items() if name not in same} for row in rows]
 
 
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
