@@ -1,5 +1,5 @@
 # make demo         an environment, an install, a text crammed, decoded and certified
-# make check        lint, types and the fast tests, in one and a half to two minutes: for every edit
+# make check        lint, types and the fast tests, in about a minute and a half: for every edit
 # make test         lint, types and the whole suite
 # make coverage     the same, with the lines that no test reaches
 # make lock         write requirements.lock anew from the ranges in pyproject.toml
