@@ -15,7 +15,7 @@ from memvec.cli import options
 from memvec.cli.common import reporting_interrupt, study_loading
 from memvec.cli.study_results import StudyFolder
 from memvec.cli.study_results import app as results
-from memvec.cli.study_tables import DEFAULT_LOADING, print_prices, print_rows, without_defaults
+from memvec.cli.study_tables import LOADING, print_prices, print_rows, without_defaults
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def ls(
 
 
 def _cells(store: Store) -> list[dict[str, Any]]:
-    loaded = ", ".join(f"json_extract(settings, '$.{name}') AS {name}" for name in DEFAULT_LOADING)
+    loaded = ", ".join(f"json_extract(settings, '$.{name}') AS {name}" for name in LOADING)
     cursor = store.db.execute(
         f"SELECT protocol, model, {loaded}, source, length, vectors AS K, seed, planned, "
         "(SELECT count(*) FROM rows WHERE rows.cell = cells.cell) AS done "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "markdown", "latex", "csv")  # of a report's tables
 WIDEST = 1000  # characters of a line where there is no terminal
-DEFAULT_LOADING = {"revision": None, "dtype": "auto", "quantize": None}  # of a model of a spec
+LOADING = ("revision", "dtype", "quantize")  # fields of a spec's model, beside its name
 MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
@@ -54,7 +54,10 @@ def _amount(number: float) -> str:
 
 def without_defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of cells without the columns in which every row has the default of loading a model."""
-    same = {k for k, default in DEFAULT_LOADING.items() if all(row[k] == default for row in rows)}
+    from memvec.lab.study.spec import ModelSpec
+
+    defaults = {name: ModelSpec.model_fields[name].default for name in LOADING}
+    same = {name for name in LOADING if all(row[name] == defaults[name] for row in rows)}
     return [{name: v for name, v in row.items() if name not in same} for row in rows]
 
 

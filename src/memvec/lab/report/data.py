@@ -206,7 +206,7 @@ def read_data(store: Store) -> Data:
     environments = [json.loads(record) for key, record in records if key in used]
     name, about = store.meta("name") or "study", store.meta("about") or ""
     planned = store.counts()[1]
-    by_name = {shown[key]: key for key in shown}
+    by_name = {name: key for key, name in shown.items()}
     return Data(store, name, about, rows, models, by_name, environments, planned)
 
 

@@ -132,7 +132,7 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     reached.append(Series("y = x", [0.0, limit], [0.0, limit], "dashed"))
     panels = [
         Panel("reached", "theoretical tokens", "token gain", reached),
-        Panel("utilisation", "model", "%", share, list(models)),
+        Panel("utilisation", "model", "%", share, models),
     ]
     return Plot(
         "utilisation",
