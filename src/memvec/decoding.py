@@ -120,31 +120,17 @@ def free_running(
     False. Each call of `cache` returns a new cache of what precedes the inputs, or None if nothing
     does.
     """
-    steps = _cached_steps if cached and lm.has_cache else _uncached_steps
-    return steps(lm, inputs.to(lm.dtype), tokens, choose, cache)
-
-
-def _cached_steps(
-    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, make_cache: Callable[[], Any]
-) -> Iterator[Tensor]:
-    if tokens < 1:
+    inputs, argument = inputs.to(lm.dtype), lm.caching.argument
+    if cached and argument is not None:
+        past, new = cache(), {"inputs_embeds": inputs}
+        for i in range(tokens):
+            logits, past = forward_with_cache(lm.model, argument, past, **new)
+            ids = choose(logits, i)
+            yield ids
+            new = {"input_ids": ids[:, None]}
         return
-    argument = lm.caching.argument
-    assert argument is not None, "a model without a cache is decoded without one"
-    logits, cache = forward_with_cache(lm.model, argument, make_cache(), inputs_embeds=inputs)
     for i in range(tokens):
-        ids = choose(logits, i)
-        yield ids
-        if i < tokens - 1:
-            logits, cache = forward_with_cache(lm.model, argument, cache, input_ids=ids[:, None])
-
-
-def _uncached_steps(
-    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, make_cache: Callable[[], Any]
-) -> Iterator[Tensor]:
-    for i in range(tokens):
-        options = cache_arguments(lm.caching.argument, make_cache())
-        logits = lm.model(inputs_embeds=inputs, **options).logits[:, -1].float()
-        ids = choose(logits, i)
+        out = lm.model(inputs_embeds=inputs, **cache_arguments(argument, cache()))
+        ids = choose(out.logits[:, -1].float(), i)
         yield ids
         inputs = torch.cat([inputs, lm.embed(ids[:, None])], dim=1)
