@@ -16,7 +16,7 @@ less than a half). Packing a rounded vector therefore changes nothing, and a fil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,45 +26,15 @@ from memvec.errors import MemvecError, did_you_mean
 
 SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal  # below: vector is zero
 
-
 PackingName = Literal["int8", "int4"]
-
-
-@runtime_checkable
-class Storage(Protocol):
-    """One way to store vectors."""
-
-    @property
-    def name(self) -> str:
-        """Its name in STORAGES."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype in which unpacked vectors are held."""
-
-    @property
-    def packing(self) -> PackingName | None:
-        """The name, if numbers are stored as integer codes; else None."""
-
-    def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """The vectors as a reader of the file gets them, in the dtype of `vectors` (float32)."""
-
-    def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
-        """The tensors of a file, by name, for P passages of K vectors each."""
-
-    def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
-        """The vectors in `dtype`. Raises ValueError for tensors that `pack` does not make."""
-
-    def size(self, vectors: int, D: int) -> int:
-        """Bytes of a number of vectors with D numbers each, scales included."""
 
 
 @dataclass(frozen=True)
 class Floats:
     """Floating-point numbers as they are, in one tensor `vectors` (P, K, D)."""
 
-    name: str
-    dtype: torch.dtype
+    name: str  # in STORAGES
+    dtype: torch.dtype  # of the file, and of the vectors that are read from it
     packing: None = None
 
     def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
@@ -83,7 +53,7 @@ class Floats:
         return vectors
 
     def size(self, vectors: int, D: int) -> int:
-        """Bytes of the numbers."""
+        """Bytes of a number of vectors with D numbers each."""
         return vectors * D * self.dtype.itemsize
 
 
@@ -95,13 +65,13 @@ class Integers:
     For an odd D the last high half is 0, which no code uses, so the tensors alone determine D.
     """
 
-    name: PackingName
+    name: PackingName  # in STORAGES
     bits: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the vectors that are read from a file
 
     @property
     def packing(self) -> PackingName:
-        """The name of the storage."""
+        """The name: numbers are stored as integer codes."""
         return self.name
 
     @property
@@ -173,6 +143,7 @@ class Integers:
         return vectors * (-(-D * self.bits // 8) + torch.bfloat16.itemsize)
 
 
+Storage = Floats | Integers
 STORAGES: dict[str, Storage] = {
     "float32": Floats("float32", torch.float32),
     "bfloat16": Floats("bfloat16", torch.bfloat16),
