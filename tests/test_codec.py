@@ -202,7 +202,7 @@ def test_the_certificate_of_use_gets_vectors_and_passages_in_the_order_of_the_te
     options = {"tokens": 2, "batch_size": 4, "storage": storage_of("float32"), "halve": False}
     recipe = Recipe(steps=0, if_not_exact="stop")
     work = CramJob(lm, [Document.of(lm, "the cat sat on the mat")], 2, recipe=recipe, **options)
-    cut = list(work.make_cutter()[0].cut(work.documents[0].ids, 0, 1))
+    cut = list(work.make_cutter().cut(work.documents[0].ids))
     work.cram(cut)
     work.done = dict(sorted(work.done.items(), reverse=True))
     monkeypatch.setattr(work.engine.stepper.term, "certificate", lambda *asked: seen.append(asked))

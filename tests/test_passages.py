@@ -206,9 +206,10 @@ def test_the_logits_of_a_long_text_are_never_in_memory_at_once(monkeypatch):
 
 
 def test_a_rest_that_does_not_fit_the_passage_before_takes_a_token_of_it():
-    cutter = Cutter(tiny(), tokens=10, max_tokens=10)
-    assert [len(p) for p in cutter.cut(random_ids(21), min_tokens=2)] == [10, 9, 2]
-    assert [len(p) for p in Cutter(tiny(), tokens=10).cut(random_ids(21), min_tokens=2)] == [10, 11]
+    cutter = Cutter(tiny(), tokens=10, max_tokens=10, min_tokens=2)
+    assert [len(p) for p in cutter.cut(random_ids(21))] == [10, 9, 2]
+    cutter = Cutter(tiny(), tokens=10, min_tokens=2)
+    assert [len(p) for p in cutter.cut(random_ids(21))] == [10, 11]
 
 
 def random_ids(n: int) -> list[int]:
@@ -222,7 +223,7 @@ def random_ids(n: int) -> list[int]:
 @pytest.mark.parametrize("bits", [0.5, 20.0, 90.0, 100_000.0])
 def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
     lm, ids = tiny(), random_ids(100)
-    found = list(Cutter(lm, bits=bits, max_tokens=most or 100).cut(ids, 7, least))
+    found = list(Cutter(lm, bits=bits, max_tokens=most or 100, min_tokens=least).cut(ids, 7))
     assert [token for p in found for token in p.ids] == ids
     assert [p.offset for p in found] == [0, *itertools.accumulate(len(p) for p in found)][:-1]
     assert {p.document for p in found} == {7}
@@ -241,7 +242,7 @@ def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
 @pytest.mark.parametrize("n", [5, 28, 29, 30])
 def test_passages_have_the_given_number_of_tokens(n, tokens, least):
     ids = list(range(n))
-    found = list(Cutter(tiny(), tokens=tokens).cut(ids, min_tokens=least))
+    found = list(Cutter(tiny(), tokens=tokens, min_tokens=least).cut(ids))
     assert [token for p in found for token in p.ids] == ids
     assert min(len(p) for p in found) >= least
     assert {len(p) for p in found[:-1]} <= {max(tokens, least)}

@@ -351,16 +351,16 @@ def test_documents_that_workers_cut_have_the_same_passages(
         replace(plain, ids=tuple(torch.randint(2, lm.vocab_size, (n,), generator=draw).tolist()))
         for n in (200, 7, 60)
     ]
-    cutter = Cutter(lm, bits=bits, max_tokens=most)
-    expected = [list(cutter.cut(d.ids, i, least)) for i, d in enumerate(documents)]
+    cutter = Cutter(lm, bits=bits, max_tokens=most, min_tokens=least)
+    expected = [list(cutter.cut(d.ids, i)) for i, d in enumerate(documents)]
     healthy = Actor(99, "done")
     workers = pool(healthy, Actor(rows, end), healthy, spare=lambda: healthy)
-    cutter.known = cut_lengths(workers, cutter, documents, least, shares.append)
+    cutter.known = cut_lengths(workers, cutter, documents, shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1, abs=0.05)
     fitting = Cutter._fitting
     monkeypatch.setattr(Cutter, "_fitting", lambda *given: read.append(given[2]) or fitting(*given))
-    found = [list(cutter.cut(d.ids, i, least)) for i, d in enumerate(documents)]
+    found = [list(cutter.cut(d.ids, i)) for i, d in enumerate(documents)]
     assert found == expected
     assert len(read) < sum(map(len, expected)) / 3
     assert not {0, *range(1, 40)} & set(read)  # the first parts are known whole
@@ -374,8 +374,8 @@ def test_workers_cut_nothing_that_one_process_cuts_as_fast(limit, number):
     lm, healthy = reader("words"), Actor(99, "done")
     workers = pool(healthy, healthy, spare=lambda: healthy)
     documents = [Document.of(lm, "the cat sat on the mat " * 9)] * number
-    assert cut_lengths(workers, Cutter(lm, **limit), documents, 1, print) == {}
-    assert cut_lengths(None, Cutter(lm, bits=25.0), documents, 1, print) == {}
+    assert cut_lengths(workers, Cutter(lm, **limit), documents, print) == {}
+    assert cut_lengths(None, Cutter(lm, bits=25.0), documents, print) == {}
 
 
 def test_workers_of_another_model_are_refused_before_they_work():
@@ -439,7 +439,8 @@ def test_each_document_is_cut_in_a_part_for_each_worker_if_it_is_long_enough(mon
     assert parts == [
         (0, 0, 50), (1, 0, 67), (1, 67, 134), (1, 134, 201), (2, 0, 50), (2, 50, 60)
     ]  # fmt: skip
-    unit = cutting._unit(Cutter(lm, bits=25.0, max_tokens=9), documents, parts[2], 2)
+    cutter = Cutter(lm, bits=25.0, max_tokens=9, min_tokens=2)
+    unit = cutting._unit(cutter, documents, parts[2])
     assert unit.keys() == {(1, 67), (1, 83), (1, 99), (1, 115), (1, 131)}
     left = unit.without({(1, 67), (1, 83), (2, 0)})
     assert left.keys() == {(1, 99), (1, 115), (1, 131)}

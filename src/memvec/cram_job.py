@@ -106,12 +106,12 @@ class CramJob:
         `keep_text` stores the texts in the header. Raises MemvecError as `make_cutter` does, and if
         a passage does not fit in memory.
         """
-        cutter, shortest = self.make_cutter()
+        cutter = self.make_cutter()
         self._enter("cutting")
-        cutter.known = cut_lengths(self.workers, cutter, self.documents, shortest, self._on_share)
+        cutter.known = cut_lengths(self.workers, cutter, self.documents, self._on_share)
         passages: list[Passage] = []
         for i, d in enumerate(self.documents):
-            for passage in cutter.cut(d.ids, i, shortest):
+            for passage in cutter.cut(d.ids, i):
                 passages.append(passage)
                 if not cutter.known:
                     self._on_share((i + passage.offset / len(d.ids)) / len(self.documents))
@@ -184,12 +184,12 @@ class CramJob:
 
     # ------------------------------------------------------------------ passages in
 
-    def make_cutter(self) -> tuple[Cutter, int]:
-        """The cutter of the documents, and the minimum number of tokens of a passage.
+    def make_cutter(self) -> Cutter:
+        """The cutter of the documents.
 
         For a model without measured facts, this crams a few passages to estimate the bits per
-        vector. Raises MemvecError if a document has fewer tokens than the minimum, if the vectors
-        leave no room in the context, and as `Cutter` does.
+        vector. Raises MemvecError if a document has fewer tokens than a passage needs, if the
+        vectors leave no room in the context, and as `Cutter` does.
         """
         shortest = self.engine.given + 1
         for d in self.documents:
@@ -201,11 +201,13 @@ class CramJob:
                 f"{self.K} vectors leave no room for text in {self.lm.name}'s context of "
                 f"{self.lm.context} tokens."
             )
-        if self.tokens is not None:
-            return Cutter(self.lm, tokens=self.tokens, max_tokens=max_tokens), shortest
-        share = float(self.lm.facts.get("fill", FILL)) / (2 if self.lm.reading.crammer else 1)
-        bits = share * self.K * self._bits_per_vector(max_tokens)
-        return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
+        bits = None
+        if self.tokens is None:
+            share = float(self.lm.facts.get("fill", FILL)) / (2 if self.lm.reading.crammer else 1)
+            bits = share * self.K * self._bits_per_vector(max_tokens)
+        return Cutter(
+            self.lm, bits=bits, tokens=self.tokens, max_tokens=max_tokens, min_tokens=shortest
+        )
 
     def _bits_per_vector(self, max_tokens: int | None) -> float:
         """Bits that one vector holds: from the model's memvec.json, or estimated on the documents.

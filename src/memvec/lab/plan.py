@@ -135,17 +135,17 @@ def _sample(
     work: CramJob, document: Document, sample: int, seed: int
 ) -> tuple[list[Passage], float]:
     """The sampled passages, and the seconds that cutting takes per token of the document."""
-    cutter, shortest = work.make_cutter()
+    cutter = work.make_cutter()
     ids, began = document.ids, time.perf_counter()
     draw = seeded_random("plan", seed, document.sha256)
     passages = []
     for i in range(sample):
         low, high = len(ids) * i // sample, len(ids) * (i + 1) // sample
-        offset = min(draw.randrange(low, max(low + 1, high)), max(0, len(ids) - shortest))
-        passage = next(cutter.cut(ids[offset:], 0, shortest))
+        offset = min(draw.randrange(low, max(low + 1, high)), max(0, len(ids) - cutter.min_tokens))
+        passage = next(cutter.cut(ids[offset:]))
         passages.append(Passage(passage.ids, 0, offset))
     if sum(map(len, passages)) > len(ids) / 2:
-        passages = list(cutter.cut(ids, 0, shortest))
+        passages = list(cutter.cut(ids))
     return _apart(passages), (time.perf_counter() - began) / sum(map(len, passages))
 
 

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 class Cutter:
     """Cuts token ids into passages of at most `bits` bits, or of `tokens` tokens each.
 
-    A passage has at least one token, whatever its bits, and the last passage may be shorter than
-    `tokens`. `max_tokens` is the maximum number of tokens of a passage (the model's context without
-    the vectors). `known` may be set to lengths that are already known, in tokens: (document, start)
-    -> length. Raises ValueError unless exactly one of `bits` and `tokens` is given, and
-    MemvecError if `tokens` is below 1 or above `max_tokens`.
+    The last passage may be shorter than `tokens`. `max_tokens` is the maximum number of tokens of a
+    passage (the model's context without the vectors). No passage is shorter than `min_tokens`,
+    whatever its bits, unless the document is. A shorter remainder is appended to the passage before
+    it; if the result is longer than `max_tokens`, the remainder takes tokens from that passage
+    instead. `known` may be set to lengths that are already known, in tokens: (document, start) ->
+    length. Raises ValueError unless exactly one of `bits` and `tokens` is given, and MemvecError if
+    `tokens` is below 1 or above `max_tokens`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Cutter:
         bits: float | None = None,
         tokens: int | None = None,
         max_tokens: int | None = None,
+        min_tokens: int = 1,
     ) -> None:
         if (bits is None) == (tokens is None):
             raise ValueError("give either bits or tokens")
@@ -47,25 +50,20 @@ class Cutter:
         if tokens is not None and max_tokens is not None and tokens > max_tokens:
             raise MemvecError(f"{tokens} tokens do not fit the context: at most {max_tokens}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens
-        self.max_tokens = max_tokens or 10**9
+        self.max_tokens, self.min_tokens = max_tokens or 10**9, min_tokens
         self.known: Mapping[tuple[int, int], int] = {}
 
-    def cut(self, ids: Sequence[int], document: int = 0, min_tokens: int = 1) -> Iterator[Passage]:
-        """Yield the passages of a document, from front to back.
-
-        No passage is shorter than `min_tokens`, unless the document is. A shorter remainder is
-        appended to the passage before it; if the result is longer than `max_tokens`, the remainder
-        takes tokens from that passage instead.
-        """
+    def cut(self, ids: Sequence[int], document: int = 0) -> Iterator[Passage]:
+        """Yield the passages of the document of this number, from front to back."""
         start, window = 0, 64
         while start < len(ids):
             if self.tokens is not None:
                 n = min(self.tokens, len(ids) - start)
             elif not (n := self.known.get((document, start), 0)):
                 n, window = self._fitting(ids, start, window)
-            n = max(n, min_tokens)
-            if 0 < (remaining := len(ids) - start) - n < min_tokens:
-                n = remaining if remaining <= self.max_tokens else remaining - min_tokens
+            n = max(n, self.min_tokens)
+            if 0 < (remaining := len(ids) - start) - n < self.min_tokens:
+                n = remaining if remaining <= self.max_tokens else remaining - self.min_tokens
             yield Passage(tuple(ids[start : start + n]), document, start)
             start += n
 

@@ -54,8 +54,8 @@ class Cutting:
         self, lm: FrozenLM, worker: str, on_progress: OnProgress
     ) -> Iterator[tuple[Hashable, Lengths]]:
         """Yields (key, lengths) of each section: (document, start) -> tokens of the passage."""
-        cutter = Cutter(lm, bits=self.bits, max_tokens=self.max_tokens)
-        passages = cutter.cut(self.ids, min_tokens=self.min_tokens)
+        limits = {"max_tokens": self.max_tokens, "min_tokens": self.min_tokens}
+        passages = Cutter(lm, bits=self.bits, **limits).cut(self.ids)
         start, lengths = self.first, Lengths()
         for first in range(self.first, self.end, SECTION):
             while start < min(first + SECTION, self.end):
@@ -69,7 +69,6 @@ def cut_lengths(
     workers: Workers | None,
     cutter: Cutter,
     documents: Sequence[Document],
-    min_tokens: int,
     on_share: Callable[[float], None],
 ) -> Lengths:
     """Lengths of passages, (document, start) -> tokens, for `Cutter.known`.
@@ -93,7 +92,7 @@ def cut_lengths(
     parts = list(_parts(workers.count, documents))
     if len(parts) > 1:
         read, total = 0, sum(len(document.ids) for document in documents)
-        units = (_unit(cutter, documents, part, min_tokens) for part in parts)
+        units = (_unit(cutter, documents, part) for part in parts)
         for lengths in workers.stream(lambda: next(units, None), None):
             known |= lengths
             read += sum(lengths.values())
@@ -109,11 +108,9 @@ def _parts(count: int, documents: Sequence[Document]) -> Iterator[tuple[int, int
             yield i, first, min(first + size, len(document.ids))
 
 
-def _unit(
-    cutter: Cutter, documents: Sequence[Document], part: tuple[int, int, int], min_tokens: int
-) -> Cutting:
+def _unit(cutter: Cutter, documents: Sequence[Document], part: tuple[int, int, int]) -> Cutting:
     """A part as a unit, with the tokens that it needs."""
     assert cutter.bits is not None
     i, first, end = part
-    ids = tuple(documents[i].ids[first : end + cutter.max_tokens + min_tokens])
-    return Cutting(i, ids, first, end, cutter.bits, cutter.max_tokens, min_tokens)
+    ids = tuple(documents[i].ids[first : end + cutter.max_tokens + cutter.min_tokens])
+    return Cutting(i, ids, first, end, cutter.bits, cutter.max_tokens, cutter.min_tokens)
