@@ -206,7 +206,7 @@ def test_the_certificate_of_use_gets_vectors_and_passages_in_the_order_of_the_te
     work.cram(cut)
     work.done = dict(sorted(work.done.items(), reverse=True))
     monkeypatch.setattr(work.engine.stepper.term, "certificate", lambda *asked: seen.append(asked))
-    mem, _ = work.certified(keep_text=False)
+    mem = work.certified()
     ((of, ids),) = seen
     assert torch.equal(of.vectors, mem.vectors)
     assert ids == [passage.ids for passage in cut]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.arms import shared_m
+from memvec.arms.shared_job import SharedCramJob
 from memvec.arms.shared_m import Shared
-from memvec.cram_job import CramJob
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
@@ -284,7 +284,7 @@ def test_passages_beside_a_halved_one_keep_their_place_and_margin(monkeypatch):
     lm, given, run = reader("words").read_as("one-step-shared"), [], Shared.run
     document = Document.of(lm, "the cat sat on the lazy dog and")
     options = {"recipe": Recipe(steps=0), "batch_size": 8, "storage": storage_of("float32")}
-    work = CramJob(lm, [document], 2, tokens=4, **options)
+    work = SharedCramJob(lm, [document], 2, tokens=4, **options)
 
     def scripted(shared, jobs):
         given.append([(job.passage, job.margin) for job in jobs])
@@ -293,14 +293,14 @@ def test_passages_beside_a_halved_one_keep_their_place_and_margin(monkeypatch):
 
     monkeypatch.setattr(Shared, "run", scripted)
     first, other = (Passage(tuple(document.ids[at : at + 4]), 0, at) for at in (0, 4))
-    work._cram_sharing_a_vector([Job(first, 1.0), Job(other, 1.0)])
+    work._cram_together([Job(first, 1.0), Job(other, 1.0)])
     assert [[passage for passage, _ in call] for call in given] == [
         [first, other],
         [*first.halves(), other],
     ]
     assert sorted(work.done) == [(0, 0), (0, 2), (0, 4)]
     before = dict(given[-1])
-    work._cram_further([work.done[0, 2]])
+    work.cram_further([work.done[0, 2]])
     for passage, margin in given[-1]:
         assert (margin > before[passage]) == (passage.offset == 2)
 
@@ -360,7 +360,7 @@ def test_a_shared_m_is_certified_once_if_the_recipe_says_stop(monkeypatch):
 
     monkeypatch.setattr(shared_m, "certify", disagreeing)
     recipe = Recipe.of("one-step", steps=60, lr=0.1, start="noise", if_not_exact="stop", settle=9)
-    recipe = shared_m.without_parts(recipe)
+    recipe = shared_m.for_shared_m(recipe)
     assert recipe.settle == 0
     jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
     Shared(copy(one_step(tiny())), recipe, batch_size=4, storage="float32").run(jobs)
@@ -376,7 +376,7 @@ def test_no_step_of_a_shared_m_depends_on_the_slots(monkeypatch):
         update(best, vectors, leading)
 
     monkeypatch.setattr(shared_m.Best, "update", recorded)
-    recipe = shared_m.without_parts(Recipe.of("one-step", steps=8, lr=0.1, schedule="growing"))
+    recipe = shared_m.for_shared_m(Recipe.of("one-step", steps=8, lr=0.1, schedule="growing"))
     recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3)
     lm, jobs = one_step(tiny()), [Job(p, 1e3) for p in passages(40, 12, 30)]
     one, all_ = (
@@ -395,7 +395,7 @@ def test_columns_that_a_shared_m_gains_count_from_the_next_step(monkeypatch):
     monkeypatch.setattr(
         shared_m, "horizon", lambda right: torch.full(right.shape[:1], right.shape[1])
     )
-    recipe = shared_m.without_parts(Recipe.of("one-step", steps=1, lr=0.1, schedule="growing"))
+    recipe = shared_m.for_shared_m(Recipe.of("one-step", steps=1, lr=0.1, schedule="growing"))
     recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3)
     lm, jobs, made = one_step(tiny()), [Job(p, 1e3) for p in passages(40, 12, 30)], []
     for slots in (1, 3):
@@ -419,7 +419,7 @@ def test_a_raised_margin_of_a_shared_m_gets_no_more_steps(monkeypatch, limit):
             yield replace(outcome, exact=False) if lies else outcome
 
     monkeypatch.setattr(shared_m, "certify", disagreeing)
-    recipe = shared_m.without_parts(Recipe.of("one-step", steps=limit, lr=0.1, start="noise"))
+    recipe = shared_m.for_shared_m(Recipe.of("one-step", steps=limit, lr=0.1, start="noise"))
     lm = copy(one_step(tiny()))
     lm.logit_spread = 40.0  # these steps cannot reach a raised margin
     jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
@@ -430,7 +430,7 @@ def test_a_raised_margin_of_a_shared_m_gets_no_more_steps(monkeypatch, limit):
 
 def moving(**changes) -> tuple[Shared, list[Job]]:
     """A `Shared` whose steps reach no margin, and jobs that have costs of earlier runs."""
-    recipe = shared_m.without_parts(Recipe.of("one-step", steps=9, lr=0.1, schedule="growing"))
+    recipe = shared_m.for_shared_m(Recipe.of("one-step", steps=9, lr=0.1, schedule="growing"))
     recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3, **changes)
     asked = passages(40, 12, 30)
     jobs = [Job(p, 1e3, steps=3, spent=5 + i, seconds=2.0) for i, p in enumerate(asked)]

@@ -75,7 +75,7 @@ def cram(
     vectors = lm.reading.fixed_vectors or vectors
     stored = storage_of(storage)
     with opened(journal, lm, recipe, vectors=vectors, storage=storage, layout=layout) as kept:
-        return CramJob(
+        job = (lm.reading.job_type or CramJob)(
             lm,
             documents,
             vectors,
@@ -84,10 +84,12 @@ def cram(
             batch_size=batch_size,
             storage=stored,
             halve=halve,
+            keep_text=keep_text,
             journal=kept,
             on_status=on_status,
             workers=workers,
-        ).run(keep_text)
+        )
+        return job.run()
 
 
 def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:

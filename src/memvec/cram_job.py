@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from typing import Any
 
 from memvec.assembly import assembled, passage_record
 from memvec.certificate import certificate_of
+from memvec.cramming.batch import Progress
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Job, Progress
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.header import DocumentRecord
@@ -61,50 +61,44 @@ class CramStatus:
     expected: Expected | None = None  # None until it is estimated
 
 
+@dataclass(eq=False, repr=False)
 class CramJob:
     """One call of `cram`: the documents, the engine and the outcomes so far.
 
     `done` maps (document, offset) to a final outcome. `spent` maps (document, offset, length) to
     the forward-backward tokens of every passage that was crammed, also of passages that were later
-    halved. `halve` False keeps passages that are not exact as they are.
+    halved. The other options are those of `memvec.cram`.
     """
 
-    def __init__(
-        self,
-        lm: FrozenLM,
-        documents: list[Document],
-        K: int,
-        *,
-        tokens: int | None,
-        recipe: Recipe,
-        batch_size: int | None,
-        storage: Storage,
-        halve: bool = True,
-        journal: Journal | None = None,
-        on_status: Callable[[CramStatus], None] | None = None,
-        workers: Workers | None = None,
-    ) -> None:
-        check_minimum(1, batch_size=batch_size)
-        if lm.reading.crammer:
-            recipe = lm.reading.crammer.without_parts(recipe)
-        self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.recipe, self.storage, self._batch_size = recipe, storage, batch_size
-        self.halve, self.journal, self.workers, self.on_status = halve, journal, workers, on_status
-        self.total = sum(len(d.ids) for d in documents)
+    lm: FrozenLM
+    documents: list[Document]
+    K: int
+    _: KW_ONLY
+    tokens: int | None
+    recipe: Recipe
+    batch_size: int | None
+    storage: Storage
+    halve: bool = True
+    keep_text: bool = False
+    journal: Journal | None = None
+    on_status: Callable[[CramStatus], None] | None = None
+    workers: Workers | None = None
+
+    def __post_init__(self) -> None:
+        check_minimum(1, batch_size=self.batch_size)
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
         self.expected: Expected | None = None
-        self._on_share = partial(self._report, None)
         self._enter("preparing")  # some coordinates first measure the model's gradients
-        self.engine = Engine(lm, recipe, vectors=K, storage=storage, on_progress=self._report)
+        options: dict[str, Any] = {"storage": self.storage, "on_progress": self.report}
+        self.engine = Engine(self.lm, self.recipe, vectors=self.K, **options)
         self._enter("measuring")
 
-    def run(self, keep_text: bool) -> MemVectors:
+    def run(self) -> MemVectors:
         """Cut the documents, cram the passages, and certify the result.
 
-        `keep_text` stores the texts in the header. Raises MemvecError as `make_cutter` does, and if
-        a passage does not fit in memory.
+        Raises MemvecError as `make_cutter` does, and if a passage does not fit in memory.
         """
         cutter = self.make_cutter()
         self._enter("cutting")
@@ -116,11 +110,8 @@ class CramJob:
                 if not cutter.known:
                     self._on_share((i + passage.offset / len(d.ids)) / len(self.documents))
         self.choose_batch_size(passages)
-        if self.lm.reading.crammer:
-            self._cram_sharing_a_vector([Job(p, self.engine.recipe.margin) for p in passages])
-        else:
-            self.cram(passages)
-        return self.certified(keep_text)[0]
+        self.cram(passages)
+        return self.certified()
 
     def choose_batch_size(self, passages: Sequence[Passage]) -> None:
         """Set the number of slots: the caller's `batch_size`, else what memory allows.
@@ -129,7 +120,7 @@ class CramJob:
         """
         longest = max(map(len, passages))
         facts = facts_of(self.lm, longest, self.engine.module)
-        slots = self._batch_size or default_batch_size(self.lm, longest, self.K, facts)
+        slots = self.batch_size or default_batch_size(self.lm, longest, self.K, facts)
         self.engine.batch_size = slots
         if self.on_status is not None:
             self.expected = self._expected(passages, facts)
@@ -139,13 +130,15 @@ class CramJob:
         """Estimate memory from the model's facts, and the seconds of a step from a trial step."""
         slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
-        step = 0.0
-        if self.workers is None and not self.lm.reading.crammer:
-            # The time of a GPU is not proportional to the slots: it waits for kernel launches.
-            timed = min(slots, TRIAL) if self.lm.device.type == "cpu" else slots
-            step = self.engine.trial(longest, timed) * slots / timed
+        step = 0.0 if self.workers is not None else self.seconds_of_step(slots, longest)
         fills = sum(map(len, passages)) / longest / slots
         return Expected(slots, longest, memory, step, max(1.0, fills))
+
+    def seconds_of_step(self, slots: int, tokens: int) -> float:
+        """The seconds of a step with `slots` passages of `tokens` tokens, from a trial step."""
+        # The time of a GPU is not proportional to the slots: it waits for kernel launches.
+        timed = min(slots, TRIAL) if self.lm.device.type == "cpu" else slots
+        return self.engine.trial(tokens, timed) * slots / timed
 
     def cram(self, passages: Iterable[Passage]) -> None:
         """Cram passages, and halves of those that are not exact; `done` gets the outcomes."""
@@ -158,29 +151,14 @@ class CramJob:
         for outcome in outcomes:
             if self.journal is not None:
                 self.journal.put(outcome)
-            for half in self._keep_or_halve(outcome):
+            for half in self.keep_or_halve(outcome):
                 for part in self._unfinished(half):
                     engine.push(part)
 
     def _crew(self, workers: Workers) -> Crew:
         formats: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
         batch = Batch((), self.recipe, vectors=self.K, batch_size=self.engine.batch_size, **formats)
-        return Crew(workers, batch, self._report)
-
-    def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:
-        """Cram all passages together, since they share m; repeat while a passage is halved."""
-        while jobs:
-            self.done.clear()
-            slots, recipe = self.engine.batch_size, self.engine.recipe
-            options = {"storage": self.storage, "on_progress": self._report}
-            crammer = self.lm.reading.crammer(self.lm, recipe, batch_size=slots, **options)
-            outcomes, jobs, split_before = crammer.run(jobs), [], self.split
-            for outcome in outcomes:
-                halves = self._keep_or_halve(outcome)
-                new = [Job(half, self.engine.recipe.margin) for half in halves]
-                jobs += new or [Job.from_outcome(outcome)]
-            if self.split == split_before:
-                return
+        return Crew(workers, batch, self.report)
 
     # ------------------------------------------------------------------ passages in
 
@@ -203,8 +181,9 @@ class CramJob:
             )
         bits = None
         if self.tokens is None:
-            share = float(self.lm.facts.get("fill", FILL)) / (2 if self.lm.reading.crammer else 1)
-            bits = share * self.K * self._bits_per_vector(max_tokens)
+            own = self.K - self.lm.reading.shares_vector  # vectors of a passage alone
+            share = float(self.lm.facts.get("fill", FILL))
+            bits = share * own * self._bits_per_vector(max_tokens)
         return Cutter(
             self.lm, bits=bits, tokens=self.tokens, max_tokens=max_tokens, min_tokens=shortest
         )
@@ -234,8 +213,8 @@ class CramJob:
         starts = sorted({(len(ids) - length) * i // PROBED for i in range(PROBED)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
-        slots = min(len(probes), self._batch_size or default_batch_size(self.lm, length, self.K))
-        options: dict[str, Any] = {"storage": self.storage, "on_progress": self._report}
+        slots = min(len(probes), self.batch_size or default_batch_size(self.lm, length, self.K))
+        options: dict[str, Any] = {"storage": self.storage, "on_progress": self.report}
         engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, **options)
         outcomes = list(engine.run(p for p in probes if len(p) > engine.given))
         decoded = [o.passage.ids[: max(o.metrics.horizon, 1)] for o in outcomes]
@@ -250,9 +229,9 @@ class CramJob:
         outcome = self.journal.get(passage) if self.journal is not None else None
         if outcome is None:
             return [passage]
-        return [part for half in self._keep_or_halve(outcome) for part in self._unfinished(half)]
+        return [part for half in self.keep_or_halve(outcome) for part in self._unfinished(half)]
 
-    def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
+    def keep_or_halve(self, outcome: Outcome) -> list[Passage]:
         """Keep an outcome that is final, or return the two halves of a passage that is not exact.
 
         An outcome is final if it is exact or if its passage may not be halved further.
@@ -266,44 +245,34 @@ class CramJob:
             halves = ()
         else:
             self.split += 1
-        self._report()
+        self.report()
         return list(halves)
 
     # ------------------------------------------------------------------ result out
 
-    def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
-        """The certified result, and for each passage whether it is exact.
+    def certified(self) -> MemVectors:
+        """The certified result of all outcomes.
 
-        All passages are decoded in the order and batches in which a user decodes them.
+        All passages are decoded in the order and batches in which a user decodes them. Passages
+        whose decoding disagrees with their certification are crammed further.
         """
         self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
-            mem = self._result(keep_text)
+            mem = self._result()
             decoded = decode_passages(self.lm, mem, self.workers, on_share=self._on_share)
             certificate, exact = certificate_of(self.lm, mem, decoded)
-            pairs = zip(self._in_order(), exact, strict=True)
+            pairs = zip(self.in_order(), exact, strict=True)
             disagreeing = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
             if not disagreeing or not attempts_left or self.recipe.if_not_exact == "stop":
                 break
             # Another batch shape changed an arg-max, so these passages need a larger margin.
-            self._cram_further(disagreeing)
+            self.cram_further(disagreeing)
         mem = mem.with_certificate(certificate, exact)
-        passages = [outcome.passage.ids for outcome in self._in_order()]
-        return mem.with_use(self.engine.stepper.term.certificate(mem, passages)), exact
+        passages = [outcome.passage.ids for outcome in self.in_order()]
+        return mem.with_use(self.engine.stepper.term.certificate(mem, passages))
 
-    def _cram_further(self, disagreeing: list[Outcome]) -> None:
-        """Continue to cram passages whose decoding disagrees with certification.
-
-        Their margins are raised. Passages that share m continue together, the others' margins stay.
-        """
-        if self.lm.reading.crammer:
-            keys, spread = {id(outcome) for outcome in disagreeing}, self.lm.logit_spread
-            jobs = [
-                Job.with_raised_margin(o, spread) if id(o) in keys else Job.from_outcome(o)
-                for o in self._in_order()
-            ]
-            self._cram_sharing_a_vector(jobs)
-            return
+    def cram_further(self, disagreeing: list[Outcome]) -> None:
+        """Continue to cram these passages, with raised margins."""
         for outcome in disagreeing:
             del self.done[outcome.passage.document, outcome.passage.offset]
             if outcome.status == "done":
@@ -312,16 +281,17 @@ class CramJob:
                 self._record_all([replace(outcome, exact=False)], self.engine)
         self._record_all(self.engine.run(), self.engine)
 
-    def _in_order(self) -> list[Outcome]:
+    def in_order(self) -> list[Outcome]:
+        """The final outcomes, in the order of the text."""
         return [self.done[key] for key in sorted(self.done)]
 
-    def _result(self, keep_text: bool) -> MemVectors:
-        outcomes, engine = self._in_order(), self.engine
+    def _result(self) -> MemVectors:
+        outcomes, engine = self.in_order(), self.engine
         documents = [
             DocumentRecord(
                 **{name: value for name, value in vars(d).items() if name != "ids"},
                 passages=sum(1 for o in outcomes if o.passage.document == i),
-                text=d.data(self.lm).decode(d.encoding) if keep_text else None,
+                text=d.data(self.lm).decode(d.encoding) if self.keep_text else None,
             )
             for i, d in enumerate(self.documents)
         ]
@@ -340,13 +310,18 @@ class CramJob:
 
     # ------------------------------------------------------------------ status
 
+    def _on_share(self, share: float) -> None:
+        self.report(share=share)
+
     def _enter(self, stage: str) -> None:
         self.stage = stage
-        self._report()
+        self.report()
 
-    def _report(self, progress: Progress | None = None, share: float = 0.0) -> None:
+    def report(self, progress: Progress | None = None, share: float = 0.0) -> None:
+        """Call `on_status`, with the engine's progress or the share of a stage that is done."""
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
             counts: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
             counts |= {"split": self.split, "engine": progress, "expected": self.expected}
-            self.on_status(CramStatus(self.stage, tokens=self.total, share=share, **counts))
+            tokens = sum(len(d.ids) for d in self.documents)
+            self.on_status(CramStatus(self.stage, tokens=tokens, share=share, **counts))

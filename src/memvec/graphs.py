@@ -264,7 +264,7 @@ def why_not(module: FrozenLM, term: Term) -> str | None:
         return "with offload, a step waits for the computer's memory"
     if module.quantize:
         return f"{name} is quantized, and its kernels are not known to be replayable"
-    if module.reading.crammer:
+    if module.reading.shares_vector:
         return "passages that share a vector are not crammed in slots"
     if term.watches:
         return f"the term {type(term).__name__} reads along in the layers, which do not run again"

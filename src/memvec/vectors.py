@@ -59,7 +59,7 @@ class MemVectors:
         reading = reading_named(header.layout)
         if reading.fixed_vectors not in (None, vectors.shape[1]):
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
-        if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+        if reading.shares_vector and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.soft = {name: rows.detach().float().cpu() for name, rows in (soft or {}).items()}
         _check_soft_tokens(self.soft, header)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.arms.shared_m import Shared
+from memvec.arms.shared_job import SharedCramJob
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import Layout, Reading, StartRule
@@ -80,7 +80,8 @@ class OneStepSharedM(OneStepReading):
     """One-step decoding with one m for all passages of a file, which is stored once."""
 
     layout: Layout = "one-step-shared"
-    crammer = Shared
+    shares_vector = True
+    job_type = SharedCramJob
 
     def rows(self, vectors: Float[Tensor, "P K D"]) -> Float[Tensor, "R k D"]:
         """[m, e_1 ... e_P] as (P + 1, 1, D)."""

@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 RAISES = 4  # maximum number of times that margins are raised when decoding disagrees with them
 
 
-def without_parts(recipe: Recipe) -> Recipe:
+def for_shared_m(recipe: Recipe) -> Recipe:
     """The recipe with the fields that a shared m cannot use at their neutral values, for records.
 
     The model itself computes the steps. No passage has its own enlargement, temperature or
@@ -125,8 +125,6 @@ class Shared:
     Raises MemvecError for a recipe with coordinates, corrections or a start rule that this cannot
     use.
     """
-
-    without_parts = staticmethod(without_parts)
 
     def __init__(
         self,

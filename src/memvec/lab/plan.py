@@ -169,7 +169,7 @@ def _cram(
     work.cram(passages)
     crammed = time.perf_counter()
     outside_steps = max(0.0, crammed - began - work.engine.seconds)
-    mem, _ = work.certified(keep_text=False)
+    mem = work.certified()
     certifying = (time.perf_counter() - crammed) / sum(map(len, passages))
     times = _Times(
         per_computed_token=clock.seconds_per_token(),

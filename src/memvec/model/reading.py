@@ -36,7 +36,8 @@ class Reading:
     layout: Layout = "prefix"
     fixed_vectors: int | None = None  # required number of vectors; None: any
     feeds_back: bool = True  # decoding feeds each token back as an input
-    crammer: Any = None  # class that crams all passages together, if they share one vector
+    shares_vector: bool = False  # all passages have one vector in common
+    job_type: Any = None  # subclass of CramJob for such passages; None: CramJob itself
     enlarges: bool = True  # recipes may enlarge the vectors (`Recipe.lr_large`)
     predicts: bool = True  # the last vector predicts the token after it
     space: str = "inputs"  # the name of the space

@@ -81,7 +81,7 @@ def _batches(
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """(number of the first passage, token ids) of each batch, as soon as it is decoded."""
     device_type = "cuda" if workers is not None and workers.gpu else "cpu"
-    if workers is None or lm.device.type != device_type or lm.reading.crammer:
+    if workers is None or lm.device.type != device_type or lm.reading.shares_vector:
         yield from (batch for _, batch in Decoding(mem, 0, force=force).work(lm, "", None))
         return
     P = len(mem.passages)

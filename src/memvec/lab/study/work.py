@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memvec.arms.shared_m import Shared, without_parts
+from memvec.arms.shared_m import Shared, for_shared_m
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.starts import resolve_start_rule, triggered
@@ -109,7 +109,7 @@ def cram_cell(
         group = sorted([*passages, *beside], key=lambda sourced: sourced.number)
         shared = Shared(
             lm,
-            without_parts(recipe),
+            for_shared_m(recipe),
             batch_size=batch_size,
             storage=cell.storage,
             on_progress=on_progress,
