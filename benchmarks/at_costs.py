@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from memvec.arms.geometric import GeometricState
+from memvec.cramming.batch import Job
 from memvec.cramming.certify import Outcome, positions
-from memvec.cramming.engine import Engine, Job
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import ScheduleState
 from memvec.cramming.starts import start_of

@@ -50,7 +50,7 @@ from memvec.cli.program import run_program
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import start_of, triggered
+from memvec.cramming.starts import start_of, view_for
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_minimum
 from memvec.loading import load_lm
@@ -105,7 +105,7 @@ def measures(
         for text in texts
         for part in range(parts)
     ]
-    usable_lm = triggered(lm, options.recipe)
+    usable_lm = view_for(lm, options.recipe)
     usable = crammed(lm, passages, options.recipe, K, options.batch_size)
     exact_only_outcomes = crammed(lm, passages, EXACT_FROM_NOISE, K, options.batch_size)
     encoder_tokens = parts * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0

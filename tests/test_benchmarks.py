@@ -12,7 +12,7 @@ import torch
 from conftest import FrozenLM, build, passages, refusal, tiny
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = [
@@ -457,7 +457,7 @@ def test_usable_vectors_are_measured_as_they_were_crammed(monkeypatch, parts):
     cut = [text.ids[at : at + T] for text in texts for at in range(0, whole, T)]
     outcomes = by_recipe[recipe]
     assert [outcomes[i].passage.ids for i in range(len(outcomes))] == cut
-    view, found, last = triggered(lm, recipe), [], []
+    view, found, last = view_for(lm, recipe), [], []
     for i, text in enumerate(texts):
         before = slow_use.context_ids(lm, text.ids[:whole], 2)["text"]
         vectors = torch.cat([outcomes[i * parts + part].vectors for part in range(parts)])

@@ -29,7 +29,7 @@ from memvec.cli.expected import duration, memory, number_of, sentence
 from memvec.cli.options import Storage
 from memvec.cli.use import _settings as generation_settings
 from memvec.cram_job import CramStatus, Expected
-from memvec.cramming.engine import Progress
+from memvec.cramming.batch import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.export import names as target_names
 from memvec.journal import Journal

@@ -14,7 +14,7 @@ from memvec.cli.use_tables import show_use, stored_use
 from memvec.companions.around import as_context_at
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.engines.decode import use_prompt
 from memvec.errors import MemvecError
 from memvec.export import export
@@ -53,7 +53,7 @@ def mem() -> MemVectors:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
 def test_the_scale_applies_in_context_mode_and_not_in_decoding_mode(family):
     lm, ids = tiny(family), passages(5)[0].ids
-    lm = lm if lm.bos_id is not None else triggered(lm, replace(RECIPE, trigger="#3"))
+    lm = lm if lm.bos_id is not None else view_for(lm, replace(RECIPE, trigger="#3"))
     scaled = as_context_at(lm, SCALE)
     vectors, words = torch.randn(3, lm.width), torch.tensor([[4, 5, 6]])
     ours = after_each(scaled, contexts_of(scaled, vectors, ids, vectors), words)
@@ -128,7 +128,7 @@ def test_the_certificate_of_use_is_that_of_vectors_times_the_scale(mem):
 def test_neighbours_and_contexts_of_an_evaluation_are_scaled(mem, tmp_path):
     lm = reader("words")
     file = mem.save(tmp_path / "n.mem")
-    view = triggered(lm, replace(RECIPE, context_scale=0.5))
+    view = view_for(lm, replace(RECIPE, context_scale=0.5))
     held = neighbours_of(view, replace(RECIPE, neighbours=str(file)))
     assert torch.equal(held.vectors.cpu(), SCALE * mem.vectors.float())
     ids = tuple(lm.tokenize("the cat sat"))

@@ -16,9 +16,9 @@ from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming import step as step_module
-from memvec.cramming.batch import Job
+from memvec.cramming.batch import Job, Progress
 from memvec.cramming.certify import Finished, Outcome, certify
-from memvec.cramming.engine import Engine, Progress
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed, resolve_start_rule, start_vectors
 from memvec.decoding import decode_ids, first_error
@@ -712,7 +712,7 @@ def test_parts_of_the_embedding_start_cover_the_passage_whatever_its_length(toke
 def test_a_passage_that_continues_keeps_its_costs():
     """A finished passage has its job's costs; a job that continues has its outcome's costs."""
     costs = {"steps": 3, "spent": 5, "min_mem_bits": 7.0, "seconds": 11.0}
-    finished = Job(passages(2)[0], 0.5, **costs).finished(torch.zeros(1, 4), "budget")
+    finished = Job(passages(2)[0], 0.5, torch.zeros(1, 4), **costs).finished("budget")
     assert {name: getattr(finished, name) for name in costs} == costs
     measured = PositionScores(*torch.ones(4, 2)).measures(2, 2)
     job = Job.with_raised_margin(Outcome(**vars(finished), exact=False, metrics=measured), 20.0)

@@ -24,8 +24,9 @@ from conftest import (
     passages,
     tiny,
 )
+from memvec.cramming.batch import Job
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Job
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError

@@ -12,7 +12,8 @@ import torch
 from conftest import QUICK, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.arms.shared_m import Shared
-from memvec.cramming.engine import Engine, Job
+from memvec.cramming.batch import Job
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError

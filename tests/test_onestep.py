@@ -19,8 +19,9 @@ from memvec import codec
 from memvec.arms import shared_m
 from memvec.arms.shared_job import SharedCramJob
 from memvec.arms.shared_m import Shared
+from memvec.cramming.batch import Job
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Job
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
@@ -493,8 +494,11 @@ def test_only_margins_of_passages_that_do_not_decode_are_raised(monkeypatch, lim
     def crammed(jobs, max_steps):
         rounds.append(jobs)
         rows = [torch.full((2, shared.lm.width), float(len(rounds)))] * len(jobs)
-        after = [replace(job, steps=job.steps + 1) for job in jobs]
-        return [job.finished(row, "done") for job, row in zip(after, rows, strict=True)]
+        after = [
+            replace(job, vectors=row, steps=job.steps + 1)
+            for job, row in zip(jobs, rows, strict=True)
+        ]
+        return [job.finished("done") for job in after]
 
     def disagreeing(lm, finished, *_):
         measures = PositionScores(*torch.ones(4, 2)).measures(2, 2)

@@ -13,7 +13,7 @@ from conftest import QUICK, reader
 from memvec import codec
 from memvec.cli.plan import _print_plan
 from memvec.cram_job import CramJob, CramStatus
-from memvec.cramming.engine import Progress
+from memvec.cramming.batch import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.plan import _apart, _Clock, _cost, _sample, _Times, _Total, plan

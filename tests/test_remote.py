@@ -22,7 +22,8 @@ import torch
 
 from conftest import QUICK, passages, reader, tiny
 from memvec import codec
-from memvec.cramming.engine import Engine, Progress
+from memvec.cramming.batch import Progress
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lab.sources import SourcedPassage

@@ -14,7 +14,7 @@ from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import start_vectors, triggered
+from memvec.cramming.starts import start_vectors, view_for
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import export, target
@@ -66,7 +66,7 @@ def test_logits_and_decoding_in_a_space_are_those_of_the_models_own_forward(reci
 
     The sliding window of gemma3 is shorter than seven vectors.
     """
-    view = triggered(tiny(family), recipe)
+    view = view_for(tiny(family), recipe)
     vectors, rule = numbers_of(view, recipe, K), recipe.start_rule
     assert vectors.shape == (3, K, view.numbers)
     ids = torch.tensor([p.ids[:3] for p in ASKED])
@@ -230,7 +230,7 @@ def test_a_resumed_run_gives_the_same_vectors(tmp_path):
 def test_the_space_of_inputs_is_the_default_and_not_recorded():
     """Naming it changes neither the model nor the record; files without the field can be read."""
     lm = tiny()
-    assert triggered(lm, replace(QUICK, space="inputs")) is lm
+    assert view_for(lm, replace(QUICK, space="inputs")) is lm
     assert "space" not in QUICK.record()
     assert Recipe(**QUICK.record()) == QUICK
     named = SPACES["prefix-layer"]
@@ -246,7 +246,7 @@ def test_a_prefix_begins_with_the_keys_and_values_of_inputs():
     """They give the logits of the inputs, and the stored numbers are of size 1."""
     recipe = SPACES["prefix"]
     lm = tiny("gpt-neox")
-    view = triggered(lm, recipe)
+    view = view_for(lm, recipe)
     inputs = lm.embed(torch.tensor([[3, 5, 7]]))
     vectors = view.reading.begun_at(view, inputs[0])[None]
     ids = torch.tensor([[4, 2, 6]])
@@ -264,11 +264,11 @@ def test_a_prefix_begins_with_the_keys_and_values_of_inputs():
 def test_a_view_takes_the_options_of_another_recipe_of_its_space(name: str, value: int) -> None:
     """With its own options, a file of another seed would decode to other tokens."""
     lm, recipe = reader(), SPACES["shared-basis"]
-    view = triggered(lm, recipe)
-    assert triggered(view, recipe) is view
+    view = view_for(lm, recipe)
+    assert view_for(view, recipe) is view
     other = replace(recipe, steps=5, **{name: value})
     mem = codec.cram(lm, "as it was", recipe=other)
-    again, alone = (triggered(v, other).reading for v in (view, lm))
+    again, alone = (view_for(v, other).reading for v in (view, lm))
     assert again.options == alone.options
     assert torch.equal(again.basis, alone.basis)
     assert not torch.equal(again.basis, view.reading.basis)
@@ -288,7 +288,7 @@ def test_the_filler_of_other_layers_is_an_option_that_a_file_keeps():
 
 def test_coefficients_begin_at_the_nearest_vectors_of_the_basis():
     """Vectors of coefficients give them back; the rest of others is orthogonal to the basis."""
-    view = triggered(tiny(), SPACES["shared-basis"])
+    view = view_for(tiny(), SPACES["shared-basis"])
     reading, generator = view.reading, torch.Generator().manual_seed(0)
     z = torch.randn(3, 24, generator=generator)
     torch.testing.assert_close(reading.begun_at(view, reading.vectors_of(z)), z)
@@ -307,11 +307,11 @@ def test_a_prefix_in_one_layer_leaves_fillers_in_the_others():
     """With a prefix in the last layer, the first one has the keys and values of K fillers."""
     lm = tiny("llama")
     recipe = SPACES["prefix-layer"]
-    view = triggered(lm, recipe)
+    view = view_for(lm, recipe)
     vectors = numbers_of(view, recipe, 2)
     cache = view.reading.cache(view, vectors)
     with torch.no_grad():
-        own = triggered(lm, SPACES["prefix"])
+        own = view_for(lm, SPACES["prefix"])
         fillers = own.reading.begun_at(own, lm.embed(torch.tensor([[lm.bos_id] * 2]))[0])
         plain = own.reading.cache(own, fillers[None])
     assert torch.equal(cache.layers[0].keys, plain.layers[0].keys.expand(3, -1, -1, -1))
@@ -321,9 +321,9 @@ def test_a_prefix_in_one_layer_leaves_fillers_in_the_others():
 
 def test_numbers_of_a_vector_in_each_space():
     heads, width, layers = 2, 8, 2
-    assert triggered(tiny("llama"), SPACES["prefix"]).numbers == layers * 2 * heads * width
-    assert triggered(tiny("llama"), SPACES["prefix-layer"]).numbers == 2 * heads * width
-    assert triggered(tiny("llama"), SPACES["shared-basis"]).numbers == 24
+    assert view_for(tiny("llama"), SPACES["prefix"]).numbers == layers * 2 * heads * width
+    assert view_for(tiny("llama"), SPACES["prefix-layer"]).numbers == 2 * heads * width
+    assert view_for(tiny("llama"), SPACES["shared-basis"]).numbers == 24
 
 
 def test_keys_and_values_count_as_no_inputs_in_the_cost():

@@ -33,7 +33,7 @@ from memvec.companions.triggers import (
 from memvec.cramming.batch import Job
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.cramming.step import Step
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
@@ -108,7 +108,7 @@ def test_soft_tokens_equal_to_embeddings_are_read_as_those_tokens(space, family)
     """One is equal bit by bit to a token trigger; three are read as a slow reference reads them."""
     lm = tiny(family)
     if space != "inputs":
-        lm = triggered(lm, Recipe.of(space, start_rule="bos", trigger="#3"))
+        lm = view_for(lm, Recipe.of(space, start_rule="bos", trigger="#3"))
     ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
     vectors = torch.randn(3, 2, lm.numbers, generator=torch.Generator().manual_seed(1))
     token = with_trigger(lm, 3)
@@ -210,7 +210,7 @@ def test_cramming_for_use_reads_the_front_once(trigger_file, monkeypatch):
     once = list(Engine(lm, recipe, vectors=2, batch_size=3).run(asked))
     monkeypatch.setattr(turns, "with_front_read", lambda lm: lm)
     whole = list(Engine(lm, recipe, vectors=2, batch_size=3).run(asked))
-    front = len(triggered(lm, recipe).front)
+    front = len(view_for(lm, recipe).front)
     assert front > 1
     for ours, theirs in zip(once, whole, strict=True):
         torch.testing.assert_close(ours.vectors, theirs.vectors, atol=1e-3, rtol=1e-3)
@@ -224,7 +224,7 @@ def test_a_front_is_the_bos_or_nothing_as_the_recipe_says(asked):
     bos = () if asked == "none" else (lm.bos_id,)
     recipe = Recipe(front=asked, start_rule="bos")
     assert recipe.record().get("front", "none") == asked  # the default is not in the record
-    view = triggered(lm, recipe)
+    view = view_for(lm, recipe)
     assert (view.front, lm.front) == (bos, ())
     both = with_front(with_trigger(lm, soft_for(lm, 3, 2)), asked)
     assert both.front[: len(bos)] == bos
@@ -233,7 +233,7 @@ def test_a_front_is_the_bos_or_nothing_as_the_recipe_says(asked):
     assert with_trigger(both, None).front == bos
     headless = copy(lm)
     headless.bos_id = None
-    kept = triggered(lm, Recipe.of("prefix"))
+    kept = view_for(lm, Recipe.of("prefix"))
     for other in (headless, kept):
         if asked == "bos":
             with pytest.raises(MemvecError, match="use front=none"):
@@ -395,19 +395,19 @@ def test_the_text_of_a_trigger_is_no_file_name(tmp_path, monkeypatch):
 def test_auto_is_the_trigger_in_the_models_folder(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
-    assert triggered(plain, Recipe(trigger="auto")).trigger == (plain.bos_id,)
+    assert view_for(plain, Recipe(trigger="auto")).trigger == (plain.bos_id,)
     save_trigger(own / "trigger.safetensors", soft_for(plain, 2), plain, {})
     lm = load_lm(str(own))
-    assert torch.equal(triggered(lm, Recipe(trigger="auto")).soft, rows_for(plain, 2))
-    assert triggered(lm, Recipe(trigger="bos")).soft is None
-    assert triggered(lm, Recipe.of("prefix", trigger="auto", start_rule="bos")).soft is None
+    assert torch.equal(view_for(lm, Recipe(trigger="auto")).soft, rows_for(plain, 2))
+    assert view_for(lm, Recipe(trigger="bos")).soft is None
+    assert view_for(lm, Recipe.of("prefix", trigger="auto", start_rule="bos")).soft is None
 
 
 def test_the_built_in_model_has_its_trigger():
     lm = load_lm("pocket")
     assert lm.own_trigger.rows.shape == (4, lm.width)
     assert lm.description()["trigger"] == lm.own_trigger.identity
-    assert torch.equal(triggered(lm, Recipe.of("usable")).soft, lm.own_trigger.table)
+    assert torch.equal(view_for(lm, Recipe.of("usable")).soft, lm.own_trigger.table)
 
 
 @pytest.mark.slow
@@ -415,7 +415,7 @@ def test_a_quantized_model_does_not_take_the_trigger_in_its_folder():
     pytest.importorskip("torchao")
     lm = load_lm("pocket", quantize="8bit")
     assert lm.own_trigger is None
-    assert triggered(lm, Recipe.of("usable")).trigger == (lm.bos_id,)
+    assert view_for(lm, Recipe.of("usable")).trigger == (lm.bos_id,)
 
 
 # ---------------------------------------------------------------------- training
@@ -587,9 +587,9 @@ def test_a_trigger_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
 def test_missing_damaged_and_foreign_triggers_are_refused(trigger_file, tmp_path):
     lm, other = reader("words"), reader("words", seed=3)
     with pytest.raises(MemvecError, match="there is no trigger"):
-        triggered(lm, Recipe(trigger=str(tmp_path / "none.safetensors")))
+        view_for(lm, Recipe(trigger=str(tmp_path / "none.safetensors")))
     with pytest.raises(MemvecError, match="trained for other weights"):
-        triggered(other, Recipe(trigger=str(trigger_file)))
+        view_for(other, Recipe(trigger=str(trigger_file)))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(trigger_file.read_bytes()[:-20])
     with pytest.raises(MemvecError, match="not a trigger"):

@@ -26,7 +26,7 @@ from memvec.companions.triggers import token_named
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
-from memvec.cramming.starts import triggered as triggered_view
+from memvec.cramming.starts import view_for as recipe_view
 from memvec.decoding import BATCH, decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
@@ -540,7 +540,7 @@ def test_the_measured_passages_are_evenly_spaced_in_the_file(n, limit):
 
 
 def test_the_context_of_the_last_passage_of_a_row_is_its_vectors_alone():
-    lm, words = triggered_view(tiny(), USABLE), torch.tensor([[5, 6, 7]])
+    lm, words = recipe_view(tiny(), USABLE), torch.tensor([[5, 6, 7]])
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_row = contexts.contexts_of_row(lm, vectors, [4, 5, 6])
     last = contexts.contexts_of(lm, vectors[2], [4, 5, 6], None)
@@ -549,7 +549,7 @@ def test_the_context_of_the_last_passage_of_a_row_is_its_vectors_alone():
 
 
 def test_the_context_scale_does_not_apply_to_exact_only_vectors():
-    lm, ids, words = triggered_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
+    lm, ids, words = recipe_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
     vectors, control = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_scale = [
         contexts.contexts_of(as_context_at(lm, scale), vectors, ids, control)
@@ -576,7 +576,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_bos():
 
 @pytest.mark.parametrize(("tokens", "K"), [(3, 2), (2, 5), (1, 7)])
 def test_a_row_has_as_many_passages_as_fit_the_context(tokens, K):
-    lm = triggered_view(tiny(), USABLE)
+    lm = recipe_view(tiny(), USABLE)
     asked = [[5] * tokens] * 100
     n = certificate._passages_that_fit(lm, asked, K, 48)
     taken = [max(1 + m * tokens, len(lm.front) + m * K) + 48 for m in (n, n + 1)]
@@ -598,7 +598,7 @@ def test_no_held_out_query_is_one_of_cramming(seed, monkeypatch):
         lambda *given: seen.append(continuations(*given)) or seen[-1],
     )
     certify_use(lm, mem, exact_only=False)
-    view = triggered_view(lm, recipe)
+    view = recipe_view(lm, recipe)
     trained = continuations(view, lm.tokenize(text), recipe).ids.tolist()
     assert seen[0].ids.shape == (4, 48)
     assert not [words for words in seen[0].ids.tolist() if words in trained]

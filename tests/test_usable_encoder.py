@@ -23,7 +23,7 @@ from memvec.companions.encoder_files import load_encoder, save_encoder
 from memvec.companions.triggers import save_trigger
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import start_of, start_vectors, triggered
+from memvec.cramming.starts import start_of, start_vectors, view_for
 from memvec.encoders.adapters import called_maps, linear_maps
 from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.usable import UsableEncoder, fresh
@@ -178,7 +178,7 @@ def test_auto_starts_from_the_usable_encoder_for_usable_vectors_only():
     assert start_of(lm, replace(USABLE, trigger="bos")) == "last-tokens"
     assert start_of(lm, replace(USABLE, front="none")) == "last-tokens"
     assert start_of(lm, replace(USABLE, trigger="bos", start="encoder")) == "encoder"
-    taken = torch.stack(start_vectors(triggered(lm, USABLE), ids, 2, USABLE))
+    taken = torch.stack(start_vectors(view_for(lm, USABLE), ids, 2, USABLE))
     expected = lm.usable_encoder.encode(lm, torch.tensor(ids), 2)
     torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-5)
     assert lm.read_as("one-step").usable_encoder is None
@@ -207,7 +207,7 @@ def test_passages_from_the_encoder_do_not_depend_on_their_neighbours():
         (alone,) = Engine(lm, recipe, vectors=2, batch_size=1).run([passage])
         assert alone.exact
     ids = [list(passage.ids) for passage in asked]
-    view = triggered(lm, USABLE)
+    view = view_for(lm, USABLE)
     batch = start_vectors(view, ids, 2, USABLE)
     for one, each in zip(start_vectors(view, ids, 2, USABLE, alone=True), batch, strict=True):
         torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
@@ -249,7 +249,7 @@ def test_the_gradient_of_a_step_is_that_of_both_losses(trigger):
     both, found = one_step(training)
     assert len(both) > 1  # so that the mean over passages is tested
     ids, query = both[:, :-5], both[:, -5:]
-    view = triggered(lm, Recipe.of("usable"))
+    view = view_for(lm, Recipe.of("usable"))
     vectors = UsableEncoder(training.network).read(view, ids, SMALL.slots)
     logits = view.logits(vectors, ids, "bos")
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())

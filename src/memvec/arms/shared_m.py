@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec import registry
+from memvec.cramming.batch import Job, Progress
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
-from memvec.cramming.engine import Job, Progress
 from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam, OptimizerState
 from memvec.cramming.recipe import Recipe
@@ -222,11 +222,11 @@ class Shared:
         e, m = best.vectors.e, best.vectors.m.expand(len(jobs), -1, -1)
         stored = as_stored(torch.cat([e, m], dim=1), self.storage).cpu()
         seconds = (time.perf_counter() - began) / len(jobs)
-        after = [
-            replace(j, steps=j.steps + steps, spent=cost, seconds=j.seconds + seconds)
-            for j, cost in zip(jobs, spent.tolist(), strict=True)
-        ]
-        return [j.finished(v.clone(), status) for j, v in zip(after, stored, strict=True)]
+        finished = []
+        for job, rows, cost in zip(jobs, stored, spent.tolist(), strict=True):
+            costs = {"steps": job.steps + steps, "spent": cost, "seconds": job.seconds + seconds}
+            finished.append(replace(job, vectors=rows.clone(), **costs).finished(status))
+        return finished
 
     def _status(self, measured: Measurement, task: Task) -> Status:
         """The status if cramming stops after this step; 'budget' if it may continue."""

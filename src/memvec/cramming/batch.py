@@ -56,9 +56,10 @@ class Job:
         margin = max(2 * outcome.margin_asked, SMALLEST_RAISE * logit_spread)
         return replace(cls.from_outcome(outcome), margin=margin)
 
-    def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
-        """The finished passage of this job, with its vectors rounded as they will be stored."""
-        return Finished(self.passage, vectors, status, self.margin, **_costs(self))
+    def finished(self, status: Status) -> Finished:
+        """The passage with the job's vectors, which must be rounded as they will be stored."""
+        assert self.vectors is not None, "a passage is not finished before it was measured"
+        return Finished(self.passage, self.vectors, status, self.margin, **_costs(self))
 
 
 def _costs(passage: Job | Outcome) -> dict[str, Any]:

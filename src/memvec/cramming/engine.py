@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,8 +43,6 @@ from memvec.model.memory import fits, forget_freed_memory, in_batches, out_of_me
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.storage import Storage, storage_of
-
-__all__ = ["Engine", "Job", "Progress", "Waiting"]
 
 
 class Engine:
@@ -76,28 +73,35 @@ class Engine:
     ) -> None:
         check_minimum(1, vectors=vectors, batch_size=batch_size, poll=poll)
         lm.check_unchanged()
-        recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
-        self.recipe = recipe.for_family(str(lm.config.model_type))
-        self.lm = lm = starts.triggered(lm, self.recipe)
+        family = str(lm.config.model_type)
+        recipe = (recipe or Recipe()).in_logits(lm.logit_spread).for_family(family)
+        self.lm = lm = starts.view_for(lm, recipe)
         self.K, self.batch_size, self.on_progress = vectors, batch_size, on_progress
-        self.module = for_steps(lm, self.recipe.compute)
+        self.module = for_steps(lm, recipe.compute)
         # The record needs the choices made here. Only vectors in front of tokens are enlarged.
         self.recipe = replace(
-            self.recipe,
+            recipe,
             compute="model" if self.module is lm else "bfloat16",
-            lr_large=self.recipe.lr_large if lm.reading.enlarges else 0.0,
-            coordinates=supported_coordinates(self.recipe.coordinates, lm),
+            lr_large=recipe.lr_large if lm.reading.enlarges else 0.0,
+            coordinates=supported_coordinates(recipe.coordinates, lm),
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.graphs = fixed_shapes, lm.graphs if graphs is None else graphs
         self.start_rule = starts.resolve_start_rule(lm, self.recipe)
-        self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (8 if self.graphs else 1)
-        settings: dict[str, Any] = {"start_rule": self.start_rule, "storage": self.storage}
-        settings |= {"fixed_shapes": fixed_shapes, "graphs": self.graphs}
         term = registry.get("term", self.recipe.term)
         step_type = self.step_type or getattr(term, "step_type", None) or Step
-        self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, **settings)
+        self.stepper: Step = step_type(
+            lm,
+            self.module,
+            self.recipe,
+            vectors,
+            start_rule=self.start_rule,
+            storage=self.storage,
+            fixed_shapes=fixed_shapes,
+            graphs=self.graphs,
+        )
+        self.given = self.stepper.given  # leading tokens that are not predicted
         self.schedule, self.waiting = self.stepper.schedule, Waiting()
         self.jobs: list[Job] = []  # jobs in the slots, in the order of the batch's rows
         self.batch: BatchState | None = None  # None while all slots are free
@@ -272,8 +276,9 @@ class Engine:
         if self.on_progress is not None:
             best = None if self.batch is None else self.batch.schedule.best
             horizon = 0.0 if best is None else float(best.clamp_min(0).float().mean())
-            costs: dict[str, Any] = {n: getattr(self, n) for n in ("steps", "tokens", "seconds")}
-            self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, **costs))
+            counts = (len(self.jobs), len(self.waiting), horizon)
+            costs = {"steps": self.steps, "tokens": self.tokens}
+            self.on_progress(Progress(*counts, **costs, seconds=self.seconds))
 
     # ------------------------------------------------------------------ certify
 
@@ -310,25 +315,23 @@ class Engine:
     def retire_stopped(self) -> list[Finished]:
         """Remove the stopped passages from their slots; returns them with their best vectors."""
         assert self.batch is not None, "no slot is taken"
-        stopped = self.batch.stopped.tolist()
-        if not any(stopped):
+        rows = [row for row, stopped in enumerate(self.batch.stopped.tolist()) if stopped]
+        if not rows:
             return []
-        finished = []
-        for i, has_stopped in enumerate(stopped):
-            if has_stopped:
-                job = self.jobs[i]
-                self.batch.write_progress(i, job)
-                assert job.vectors is not None
-                finished.append(job.finished(job.vectors, self.batch.status(i)))
-        self._keep_rows([i for i, has_stopped in enumerate(stopped) if not has_stopped])
-        return finished
+        statuses = [self.batch.status(row) for row in rows]
+        return [job.finished(s) for job, s in zip(self._removed(rows), statuses, strict=True)]
 
-    def _keep_rows(self, rows: list[int]) -> None:
-        """Remove all rows of the batch but these."""
-        assert self.batch is not None
-        index = torch.tensor(rows, dtype=torch.long, device=self.lm.device)
-        self.jobs = [self.jobs[i] for i in rows]
-        self.batch = self.batch.take(index) if rows else None
+    def _removed(self, rows: Sequence[int]) -> list[Job]:
+        """Free the slots in these rows; returns their jobs, with the best vectors and the costs."""
+        assert self.batch is not None, "no slot is taken"
+        removed = [self.jobs[row] for row in rows]
+        for row, job in zip(rows, removed, strict=True):
+            self.batch.write_progress(row, job)
+        kept = [row for row in range(len(self.jobs)) if row not in rows]
+        self.jobs = [self.jobs[row] for row in kept]
+        index = torch.tensor(kept, dtype=torch.long, device=self.lm.device)
+        self.batch = self.batch.take(index) if kept else None
+        return removed
 
     # ------------------------------------------------------------------ too little memory
 
@@ -336,11 +339,9 @@ class Engine:
         """Halve the slots; passages that lose theirs wait again. MemvecError for a single slot."""
         if len(self.jobs) <= 1:
             refuse_for_memory(self.jobs, self.lm.device)
-        assert self.batch is not None
-        self.batch_size = half = len(self.jobs) // 2
+        assert self.batch is not None, "no slot is taken"
         self.batch.parameters = self.batch.parameters.detach()
-        for row in range(half, len(self.jobs)):
-            self.batch.write_progress(row, self.jobs[row])
-            self.waiting.push(self.jobs[row])
-        self.jobs, self.batch = self.jobs[:half], self.batch.head(half)
+        self.batch_size = len(self.jobs) // 2
+        for job in self._removed(range(self.batch_size, len(self.jobs))):
+            self.waiting.push(job)
         forget_freed_memory()

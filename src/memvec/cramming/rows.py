@@ -24,10 +24,6 @@ class Rows:
         """Copies of the rows at `index`, in its order."""
         return self._map(lambda tensor: tensor.index_select(0, index))
 
-    def head(self: R, n: int) -> R:
-        """Copies of the first n rows."""
-        return self._map(lambda tensor: tensor[:n].clone())
-
     def joined(self: R, other: R) -> R:
         """The rows of `self`, then the rows of `other`."""
         pairs = {name: (own, getattr(other, name)) for name, own in self._fields().items()}

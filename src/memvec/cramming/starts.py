@@ -89,7 +89,7 @@ def start_vectors(
     return [vectors[i] / recipe.context_scale for i in range(len(passages))]
 
 
-def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
+def view_for(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
     """A view of the model with the recipe's space, context scale, front and trigger.
 
     The defaults, front 'none' and trigger 'bos', keep the front and trigger of `lm`. Raises

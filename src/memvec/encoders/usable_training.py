@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memvec.companions.around import MADE_BY
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.encoders.adapted import own_summary
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
 from memvec.encoders.training_run import seeded
@@ -69,7 +69,7 @@ class UsableTraining(AdapterTraining):
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: UsablePlan) -> None:
         super().__init__(lm, stream, plan)
         recipe = Recipe.of("usable")
-        self.fast = triggered(self.fast, recipe)
+        self.fast = view_for(self.fast, recipe)
         if not self.fast.trigger:
             raise MemvecError(
                 f"{lm.name} has no BOS token and no trigger in its folder to ask for a passage "

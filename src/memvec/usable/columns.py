@@ -26,7 +26,7 @@ from torch import Tensor
 from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
@@ -163,7 +163,7 @@ class Column:
             outcomes = self._crammed[ids]
             rows = torch.cat([outcome.vectors.float() for outcome in outcomes])[None]
             exact = all(outcome.exact for outcome in outcomes)
-            view = triggered(self.lm, self.recipe)
+            view = view_for(self.lm, self.recipe)
             inputs = view.after_front(view.context_scale * rows.to(self.lm.device))
             return StandIn(inputs, rows.shape[1], exact)
         count = {

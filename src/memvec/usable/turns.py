@@ -10,6 +10,7 @@ slots. The inputs in front of the vectors are the same at every step, so they ar
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from typing import Any
 
@@ -52,7 +53,7 @@ class Turns(Step):
         """As in `Step`, but rows that are not in decoding mode keep their schedule's state."""
         if self.recipe.objective_every == 1:
             return super()._update_progress(batch, measured, padding_rows)
-        before = batch.schedule.head(len(batch))
+        before = copy.deepcopy(batch.schedule)
         newly_enlarged = super()._update_progress(batch, measured, padding_rows)
         for field in fields(before):
             was, now = (getattr(state, field.name) for state in (before, batch.schedule))

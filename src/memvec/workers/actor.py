@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from memvec.cramming.engine import Progress
+from memvec.cramming.batch import Progress
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 

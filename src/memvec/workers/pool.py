@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from memvec.cramming.engine import Progress
+from memvec.cramming.batch import Progress
 from memvec.errors import MemvecError, SlowPathWarning, check_minimum
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM

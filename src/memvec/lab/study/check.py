@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Compared, Protocol
@@ -317,7 +317,7 @@ def _check_pairs(
         if not (stored := _numbers(text)):
             wrong.append(f"{place}: what is between them is no list of numbers: {text:.100}.")
             continue
-        view = triggered(lm, cell.to_recipe())
+        view = view_for(lm, cell.to_recipe())
         again, allowed = protocol_of(cell.protocol).recompute_between(
             view, ids, a, b, start_rule(view, cell), len(stored)
         )

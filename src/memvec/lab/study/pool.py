@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from memvec.cramming.engine import Progress
-from memvec.cramming.starts import triggered
+from memvec.cramming.batch import Progress
+from memvec.cramming.starts import view_for
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
 from memvec.lab.study.cells import Cell
@@ -131,7 +131,7 @@ class LocalPool:
         self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
         """Measure two restarts `a`, `b` (K, D) of a passage, with the cell's trigger and front."""
-        view = triggered(self.lm, cell.to_recipe())
+        view = view_for(self.lm, cell.to_recipe())
         values: list[float] = protocol_of(cell.protocol).between(view, passage, a, b, start)
         return values
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memvec.cramming.starts import triggered
+from memvec.cramming.starts import view_for
 from memvec.lab import slow
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.slow import SlowPassage
@@ -53,7 +53,7 @@ def recompute(
     `tie` is a margin of about zero, logits; `bits_limit` how far sums may differ, bits per token.
     """
     start = start_rule(lm, cell)
-    lm = triggered(lm, cell.to_recipe())
+    lm = view_for(lm, cell.to_recipe())
     given = int(start == "first-token")
     n, front = len(ids) - given, vectors.float()
     after = _with_vectors(lm, cell, front, ids, start)

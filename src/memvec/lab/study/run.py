@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memvec.cramming.engine import Progress
+from memvec.cramming.batch import Progress
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source

@@ -9,7 +9,7 @@ from typing import Any
 
 from memvec.assembly import assembled, passage_record
 from memvec.certificate import verify
-from memvec.cramming.starts import resolve_start_rule, triggered
+from memvec.cramming.starts import resolve_start_rule, view_for
 from memvec.errors import MemvecError
 from memvec.header import DocumentRecord
 from memvec.lab.protocols.lookup import protocol_of
@@ -92,7 +92,7 @@ def vectors_of_cell(
     """The vectors of these rows of a cell, certified by decoding them again."""
     recipe = cell.to_recipe()
     lm = lm.read_as(protocol_of(cell.protocol).layout)
-    view, rule = triggered(lm, recipe), resolve_start_rule(lm, recipe)
+    view, rule = view_for(lm, recipe), resolve_start_rule(lm, recipe)
     documents, passages, vectors = [], [], []
     for row in rows:
         kept = store.passage(cell.key, row["number"])

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from memvec.arms.shared_m import Shared, for_shared_m
+from memvec.cramming.batch import Job, Progress
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Job, Progress
-from memvec.cramming.starts import resolve_start_rule, triggered
+from memvec.cramming.engine import Engine
+from memvec.cramming.starts import resolve_start_rule, view_for
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.seeds import refuse_idle_seed
@@ -45,7 +46,7 @@ def find_passages(
     shortest = 1 + (start == "first-token") + source.bos
     if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
-    view = triggered(lm, recipe)
+    view = view_for(lm, recipe)
     around = cell.vectors + len(view.front) + len(view.trigger) * (start == "bos")
     longest = None if lm.context is None else lm.context - around
     if longest is not None and tokens > longest:
