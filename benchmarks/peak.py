@@ -47,7 +47,7 @@ def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]
 
     return {
         "activations": forward_backward,
-        "logits": lambda: score(lm.head, states, ids, engine.recipe),
+        "logits": lambda: score(lm.head, states, ids, engine.recipe, V=lm.vocab_size),
         "step": engine.step,
     }
 

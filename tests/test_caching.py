@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import memvec
 from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
-from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.errors import SlowPathWarning
@@ -65,7 +65,7 @@ def test_a_family_without_a_usable_cache_decodes_exactly_with_a_warning(family):
     assert lm.caching.reason in check.detail
     outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(passages(2, 3)))
     mem = as_mem(lm, outcomes, "vectors")
-    certificate, exact = codec.verify(lm, mem)
+    certificate, exact = memvec.verify(lm, mem)
     assert exact == [True, True]
     assert certificate["cache"] == f"none: {lm.caching.reason}"
 

@@ -907,7 +907,7 @@ def test_a_long_certificate_lists_only_passages_that_fail(capsys, stored):
         mem.vectors[:1].repeat(n, 1, 1),
         mem.header.model_copy(update={"passages": passages}),
     )
-    certificate, _ = codec.verify(reader(), mem, force=True)
+    certificate, _ = memvec.verify(reader(), mem, force=True)
     exact = [i != 50 for i in range(n)]
     display.certificate(many, certificate, exact)
     shown = capsys.readouterr().out

@@ -28,8 +28,8 @@ from memvec import codec, cram_job
 from memvec.cli.common import account
 from memvec.cli.display import failures
 from memvec.cli.expected import sentence
-from memvec.codec import CramStatus, cram, decode
-from memvec.cram_job import CramJob
+from memvec.codec import cram, decode
+from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
@@ -172,7 +172,7 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
     assert any("the loss was not finite" in sentence for sentence in failures(mem))
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert [p.exact for p in again.passages] == [p.exact for p in mem.passages]
-    _, exact = codec.verify(lm, again)
+    _, exact = memvec.verify(lm, again)
     assert exact == [p.exact for p in mem.passages]
 
 
@@ -423,7 +423,7 @@ def test_any_collection_of_texts_is_crammed():
     for texts in (tuple(expected), iter(expected), np.array(expected), dict.fromkeys(expected)):
         mem = codec.cram(reader(), texts, vectors=2, recipe=QUICK)
         assert codec.decode(reader(), mem) == expected
-        assert len(codec.measure(reader(), mem, iter(expected))) == len(mem.passages)
+        assert len(memvec.measure(reader(), mem, iter(expected))) == len(mem.passages)
 
 
 def test_a_token_without_an_embedding_is_refused():
@@ -493,7 +493,7 @@ def test_a_resumed_run_gives_the_vectors_of_an_uninterrupted_one(
     assert [p.sha256 for p in resumed.passages] == [p.sha256 for p in whole.passages]
     assert len(again) == finished + len(crammed)
     exact = [p.exact for p in whole.passages]  # how many are depends on how a processor rounds
-    assert [p.exact for p in resumed.passages] == codec.verify(lm, resumed)[1] == exact
+    assert [p.exact for p in resumed.passages] == memvec.verify(lm, resumed)[1] == exact
     assert sum(exact) > len(exact) / 2
     again.close(delete=True)
     assert list(tmp_path.iterdir()) == []
@@ -767,7 +767,7 @@ def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     noise = torch.randn(mem.vectors.shape) * mem.vectors.std()
     noisy = MemVectors(mem.vectors + noise, mem.header)
-    certificate, exact = codec.verify(lm, noisy)
+    certificate, exact = memvec.verify(lm, noisy)
     assert certificate["exact"] is False
     assert not all(exact)
     with pytest.raises(NotExactError):
@@ -781,7 +781,7 @@ def test_one_wrong_passage_makes_the_whole_not_exact():
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     vectors = mem.vectors.clone()
     vectors[1] = vectors[0]
-    certificate, exact = codec.verify(lm, MemVectors(vectors, mem.header))
+    certificate, exact = memvec.verify(lm, MemVectors(vectors, mem.header))
     assert exact == [i != 1 for i in range(len(vectors))]
     assert (certificate["exact"], certificate["exact_passages"]) == (False, len(vectors) - 1)
 
@@ -845,7 +845,7 @@ def test_cutting_and_certifying_report_their_progress():
 @pytest.mark.parametrize("workers", [False, True])
 def test_memory_and_time_are_estimated_before_the_first_step(workers, untyped):
     statuses = []
-    work = codec.CramJob(
+    work = CramJob(
         reader(),
         [Document.of(reader(), "abcdef")],
         2,
@@ -976,13 +976,13 @@ def test_measure_refuses_other_texts_and_another_model(tokens):
     lm, texts = reader(), ["the fox", "the dog sat"]
     recipe = replace(QUICK, steps=5, if_not_exact="stop")
     mem = codec.cram(lm, texts, vectors=2, tokens=tokens, recipe=recipe)
-    assert [r.tokens for r in codec.measure(lm, mem, texts)] == [p.tokens for p in mem.passages]
+    assert [r.tokens for r in memvec.measure(lm, mem, texts)] == [p.tokens for p in mem.passages]
     for wrong in (texts[::-1], ["the fix", texts[1]], texts[:1], ["the fox", "the dog s"]):
         with pytest.raises(MemvecError, match="is not in the texts: give the texts that were"):
-            codec.measure(lm, mem, wrong)
+            memvec.measure(lm, mem, wrong)
     for more in ([*texts, "on"], [texts[0], texts[1] + " on"]):
         with pytest.raises(MemvecError, match=r"go on after the last|is not in the texts"):
-            codec.measure(lm, mem, more)
+            memvec.measure(lm, mem, more)
     other = FrozenLM(build("llama", 1, vocab_size=lm.vocab_size, hidden_size=64), lm.tokenizer)
     with pytest.raises(MemvecError, match="made for other weights"):
-        codec.measure(other, mem, texts)
+        memvec.measure(other, mem, texts)

@@ -100,7 +100,7 @@ def test_the_file_records_the_scale_and_every_reader_applies_it(mem, tmp_path, c
     assert codec.decode(lm, again) == [TEXT]
     show_use(stored_use(again, "a.mem"))
     assert "As context, the vectors times 0.25" in capsys.readouterr().out
-    assert codec.verify(lm, again)[0]["exact"]
+    assert memvec.verify(lm, again)[0]["exact"]
     _, rows = in_a_row(lm, [again, again])
     row = SCALE * again.vectors.float().flatten(0, 1)
     assert torch.equal(rows[0].cpu(), torch.cat([row, row]))

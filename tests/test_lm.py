@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ALSO, build, byte_tokenizer, passages, reader, tiny
-from memvec.codec import cram, decode, measure, verify
+from memvec.certificate import measure, verify
+from memvec.codec import cram, decode
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids

@@ -82,7 +82,9 @@ def test_a_tie_counts_as_the_arg_max_takes_it():
     for reference in (False, True):
         recipe = Recipe.of("paper")
         states = logits[None].clone()
-        found = score(lambda s: s, states, ids[None], recipe, reference=reference)
+        found = score(
+            lambda s: s, states, ids[None], recipe, V=logits.shape[-1], reference=reference
+        )
         assert (found.margin[0] > 0).tolist() == right.tolist()
 
 

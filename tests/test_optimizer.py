@@ -296,7 +296,7 @@ def test_scores_in_chunks_are_those_of_one_plain_backward_pass(monkeypatch, name
         return part @ weight.T
 
     warm = torch.tensor([0.3, 0.1, 2.0])  # one temperature for each passage
-    found = score(head, states, ids, recipe, temperature=warm)
+    found = score(head, states, ids, recipe, V=V, temperature=warm)
     asked = torch.full((3,), recipe.margin)
     share = objective_named(name).weights(counted, found.margin, asked)
     assert max(widest) <= rows
@@ -372,10 +372,10 @@ def test_a_row_that_is_not_finite_changes_no_other(name):
     weight = torch.eye(4)
     states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(4))
     ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
-    sound = score(lambda part: part @ weight, states, ids, Recipe(objective=name))
+    sound = score(lambda part: part @ weight, states, ids, Recipe(objective=name), V=4)
     spoilt = states.clone()
     spoilt[0, 1] = torch.nan
-    found = score(lambda part: part @ weight, spoilt, ids, Recipe(objective=name))
+    found = score(lambda part: part @ weight, spoilt, ids, Recipe(objective=name), V=4)
     assert not torch.isfinite(found.loss[0].sum())
     assert torch.equal(found.loss[1], sound.loss[1])
     assert torch.equal(found.gradient[1], sound.gradient[1])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+import memvec
 from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
@@ -189,8 +190,8 @@ def test_a_file_decodes_as_what_was_saved(recipe, storage, tmp_path):
     assert torch.equal(again.vectors, mem.vectors)
     assert again.decode_passages(lm) == mem.decode_passages(lm)
     assert codec.decode(lm, again) == [text]
-    assert codec.verify(lm, again)[0]["exact"] is True
-    results = codec.measure(lm, again, text)
+    assert memvec.verify(lm, again)[0]["exact"] is True
+    results = memvec.measure(lm, again, text)
     assert [r.mem_bits for r in results] == pytest.approx([p.mem_bits for p in mem.passages])
     figures = again.summary()
     assert (figures["space"], figures["width"]) == (recipe.space, again.header.space.numbers)

@@ -292,7 +292,7 @@ def test_a_file_of_vectors_contains_its_trigger_and_front(trigger_file, tmp_path
     assert codec.decode(lm, again) == [TEXT]
     assert memvec.certify_use(lm, again).trigger == "crammed"
     assert memvec.use(lm, again, "the dog", max_new_tokens=3)
-    assert codec.verify(lm, again)[0]["exact"]
+    assert memvec.verify(lm, again)[0]["exact"]
 
 
 @pytest.mark.slow

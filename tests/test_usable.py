@@ -470,7 +470,7 @@ def test_a_file_keeps_its_trigger_and_its_certificate_of_use(
     if trigger != "bos":
         assert again.header.trigger == token_named(lm, trigger)
         other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
-        certificate, _ = codec.verify(lm, other)
+        certificate, _ = memvec.verify(lm, other)
         assert not certificate["exact"]  # after another token the passage does not decode
     worth = certify_use(lm, again)
     assert worth.held_out.contexts["nothing"].kept == 0

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 
+import memvec
 from conftest import QUICK, reader, tiny
 from memvec import codec
 from memvec.cli import display
@@ -431,7 +432,7 @@ def test_a_forged_file_is_refused_in_one_sentence_or_read_right(
         lambda m: m.summary(),
         lambda m: display.inspect(m, str(path)),
         lambda m: pretty_json(m.header.model_dump(mode="json")),
-        lambda m: codec.verify(reader(), m, force=force),
+        lambda m: memvec.verify(reader(), m, force=force),
         lambda m: found.append(m.documents(reader(), force=force)),
     ):
         try:
@@ -480,7 +481,7 @@ def test_swapped_vectors_are_not_exact_and_give_no_text(mem):
     swapped = MemVectors(mem.vectors.roll(1, 0), mem.header)
     with pytest.raises(NotExactError, match="passage 0 did not come back"):
         swapped.documents(reader())
-    certificate, exact = codec.verify(reader(), swapped)
+    certificate, exact = memvec.verify(reader(), swapped)
     assert certificate["exact"] is False
     assert certificate["exact_passages"] == sum(exact) < len(exact)
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # `name as name` marks a re-export for type checkers
+    from memvec.certificate import measure as measure
+    from memvec.certificate import verify as verify
     from memvec.certification import certify as certify
     from memvec.codec import cram as cram
     from memvec.codec import decode as decode
-    from memvec.codec import measure as measure
-    from memvec.codec import verify as verify
     from memvec.cramming.engine import Engine as Engine
     from memvec.cramming.recipe import Recipe as Recipe
     from memvec.errors import MemvecError as MemvecError
@@ -40,8 +40,8 @@ _MODULES = {  # name -> the module that defines it
     "cram": "memvec.codec",
     "decode": "memvec.codec",
     "MemVectors": "memvec.vectors",
-    "measure": "memvec.codec",
-    "verify": "memvec.codec",
+    "measure": "memvec.certificate",
+    "verify": "memvec.certificate",
     "certify": "memvec.certification",
     "use": "memvec.usable.generate",
     "context_inputs": "memvec.usable.generate",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from os import PathLike
 
-from memvec.certificate import measure, verify
 from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
@@ -22,8 +21,6 @@ from memvec.resume import opened
 from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from memvec.workers import Workers
-
-__all__ = ["CramJob", "CramStatus", "cram", "decode", "measure", "verify"]
 
 
 @plain_torch()

@@ -32,9 +32,10 @@ class Geometric(Schedule):
     """
 
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> GeometricState:
-        common = self._common(size, enlarged)
-        first = torch.zeros_like(common["stale"]) + self.recipe.look_ahead * self.K
-        return GeometricState(**common, target=first, failed=torch.full_like(first, NO_FAILURE))
+        common = super().fresh(size, enlarged)
+        first = torch.full_like(common.stale, self.recipe.look_ahead * self.K)
+        failed = torch.full_like(first, NO_FAILURE)
+        return GeometricState(**vars(common), target=first, failed=failed)
 
     def reached(self, leading: Int[Tensor, " B"], hits: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         return leading

@@ -131,8 +131,8 @@ def score(
     ids: Int[Tensor, "B T"],
     recipe: Recipe,
     *,
+    V: int,
     temperature: Float[Tensor, " B"] | None = None,
-    V: int | None = None,
     reference: bool = False,
 ) -> Score:
     """Losses, margins and gradients at the states of a batch, a few rows of logits at a time.
@@ -140,8 +140,8 @@ def score(
     `ids` are the true tokens. The gradients are those of each position's own loss, without weights:
     the loss of a passage is a weighted sum over positions, so the caller can multiply the gradients
     by weights that depend on all margins. So a (B, T, V) tensor of logits never exists.
-    `temperature` (logits) is that of each passage (None: the recipe's). `V`, if given, saves a call
-    of the head. `reference` uses autograd instead of the objective's fast path.
+    `temperature` (logits) is that of each passage (None: the recipe's). `reference` uses autograd
+    instead of the objective's fast path.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
@@ -153,9 +153,6 @@ def score(
     losses = torch.empty(B * T, device=states.device)
     margin = torch.empty(B * T, device=states.device)
     gradient = torch.empty_like(flat)
-    if V is None:
-        with torch.no_grad():
-            V = int(head(flat[:1]).shape[-1])
     rows = max(1, memory.LOGITS_AT_ONCE // V)
 
     def score_rows(span: slice) -> None:

@@ -30,9 +30,8 @@ from memvec.cramming.fields import (
 )
 from memvec.errors import MemvecError, did_you_mean
 
-# Fields that only the term 'use' reads, with the value that they must have without it.
-FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none", "term_rise": 0.0}
-FOR_USE["context_scale"] = 1.0
+# Fields that only the term 'use' reads: without it, they must have their default.
+FOR_USE = ("objective_every", "neighbours", "term_rise", "context_scale")
 
 
 def documented(default: Any, text: str) -> Any:
@@ -225,8 +224,8 @@ class Recipe:
             value = getattr(self, name)
             if not value >= minimum or value == float("inf"):
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
-        for name, unset in FOR_USE.items():
-            if self.term != "use" and getattr(self, name) != unset:
+        for name in FOR_USE:
+            if self.term != "use" and not self._is_default(name):
                 raise MemvecError(f"the recipe's {name} is for use only: take the preset 'usable'.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
@@ -240,11 +239,11 @@ class Recipe:
         base = registry.get("preset", preset)()
         if not isinstance(base, Recipe):
             raise MemvecError(f"the preset '{preset}' gives no Recipe but {type(base).__name__}.")
-        kinds = {item.name: type(item.default) for item in fields(cls)}
+        known = [item.name for item in fields(cls)]
         named = {name.replace("-", "_"): value for name, value in changes.items()}
-        for name in [name for name in named if name not in kinds]:
-            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, kinds)}")
-        return replace(base, **{n: converted(n, v, kinds[n]) for n, v in named.items()})
+        for name in [name for name in named if name not in known]:
+            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
+        return replace(base, **named)
 
     def in_logits(self, spread: float) -> Recipe:
         """The same recipe with temperature and margin in logits.
@@ -266,6 +265,9 @@ class Recipe:
         Space, layer, front and the fields for 'use' only are left out at their default. They are
         newer than the first files, and a recipe without them still has the same record.
         """
-        absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
+        absent = {name for name in (*FOR_USE, "front") if self._is_default(name)}
         absent |= {"space", "layer"} if self.space == "inputs" else set()
         return {name: value for name, value in asdict(self).items() if name not in absent}
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == getattr(type(self), name))

@@ -57,7 +57,9 @@ class Schedule:
 
         `size` is the RMS of their vectors; `enlarged` is true for vectors that are large already.
         """
-        return ScheduleState(**self._common(size, enlarged))
+        count = torch.zeros(len(size), dtype=torch.long, device=size.device)
+        lr_scale = torch.where(enlarged, self.large_scale, size.clamp_min(1))
+        return ScheduleState(count - 1, count, enlarged, lr_scale)
 
     def reached(self, leading: Int[Tensor, " B"], hits: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """The progress of each passage, tokens: by default the number of right tokens (`hits`).
@@ -105,15 +107,6 @@ class Schedule:
         """Rows without progress for `Recipe.patience` steps."""
         return state.stale >= self.recipe.patience
 
-    def _common(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> dict[str, Tensor]:
-        count = torch.zeros(len(size), dtype=torch.long, device=size.device)
-        return {
-            "best": count - 1,
-            "stale": count.clone(),
-            "enlarged": enlarged,
-            "lr_scale": torch.where(enlarged, self.large_scale, size.clamp_min(1)),
-        }
-
 
 class Whole(Schedule):
     """All tokens count from the first step, as in the paper (Kuratov et al., section 3)."""
@@ -146,9 +139,9 @@ class Growing(Schedule):
     """
 
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> GrowingState:
-        common = self._common(size, enlarged)
-        first = torch.zeros_like(common["stale"]) + self.recipe.look_ahead * self.K
-        return GrowingState(**common, look_ahead=first, stage=first.clone())
+        common = super().fresh(size, enlarged)
+        first = torch.full_like(common.stale, self.recipe.look_ahead * self.K)
+        return GrowingState(**vars(common), look_ahead=first, stage=first.clone())
 
     def reached(self, leading: Int[Tensor, " B"], hits: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         return leading

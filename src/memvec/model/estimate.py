@@ -141,12 +141,17 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     parameters = {id(p): p for model in (lm.model, steps.model) for p in model.parameters()}
     parameter_count = float(sum(p.numel() for p in lm.model.parameters()))
     facts = facts_of_config(lm.config, steps.dtype.itemsize, parameter_count)
-    weights = float(sum(map(_bytes, parameters.values())))
-    facts = replace(facts, kept=kept_bytes(steps, tokens), checkpointing=lm.checkpointing)
     # Autocast has no cache for frozen weights: every product rounds its own, and autograd keeps it.
     number = steps.autocast.itemsize if steps.autocast and not lm.checkpointing else 0
     copies = float(number * sum(p.numel() for p in steps.model.parameters() if p.dim() > 1))
-    return replace(facts, weights=weights, width=lm.numbers, copies=copies)
+    return replace(
+        facts,
+        weights=float(sum(map(_bytes, parameters.values()))),
+        kept=kept_bytes(steps, tokens),
+        checkpointing=lm.checkpointing,
+        width=lm.numbers,
+        copies=copies,
+    )
 
 
 def _bytes(parameter: Tensor) -> int:
