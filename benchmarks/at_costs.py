@@ -15,7 +15,7 @@ import torch
 
 from memvec.arms.geometric import GeometricState
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Outcome, positions
+from memvec.cramming.certify import Outcome, position_scores
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import ScheduleState
@@ -82,7 +82,7 @@ def growing(
         for key in keys
     ]
     decoded = decode_ids(lm, stack, [len(p) for p in leading], start=engine.start_rule)
-    margins = positions(lm, stack, leading, engine.start_rule).margin
+    margins = position_scores(lm, stack, leading, engine.start_rule).margin
     horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
     for (document, cost_index), ids, passage, margin in zip(
         keys, decoded, leading, margins, strict=True

@@ -41,7 +41,7 @@ from common import arguments, report
 from memvec import metrics
 from memvec.cli.program import run_program
 from memvec.corrections import size
-from memvec.cramming.certify import Outcome, positions
+from memvec.cramming.certify import Outcome, position_scores
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.lab.compressors import byte_account
@@ -95,7 +95,7 @@ def without_vectors(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[fl
     texts = [lm.text(list(passage.ids)).encode() for passage in passages]
     joined = byte_account(b"".join(texts), 0, sum(lm_bits))
     no_vectors = torch.zeros(len(passages), 1, lm.width)
-    margin = positions(lm, no_vectors, passages, "vectors").lm_margin
+    margin = position_scores(lm, no_vectors, passages, "vectors").lm_margin
     corrections_alone = []
     for passage, margins, text in zip(passages, margin, texts, strict=True):
         missed = [(i, t) for i, t in enumerate(passage.ids) if not margins[i] > 0]

@@ -928,7 +928,7 @@ def test_bits_per_vector_are_those_of_the_largest_known_number_up_to_k(K, monkey
     job = CramJob(lm, [document], K, tokens=None, **options)
     wanted = known[str(max(int(k) for k in known if int(k) <= K))]
     assert job._bits_per_vector(None) == wanted
-    assert job.make_cutter()[0].bits == pytest.approx(0.4 * K * wanted)
+    assert job.make_cutter().bits == pytest.approx(0.4 * K * wanted)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
@@ -942,7 +942,7 @@ def test_the_bits_of_exact_probes_are_their_mean_per_vector(length, K):
     assert statuses[-1].stage == "measuring"
     assert statuses[-1].engine.steps > 0
     room = len(document.ids) - length
-    starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}
+    starts = {room * i // cram_job.PROBE_PASSAGES for i in range(cram_job.PROBE_PASSAGES)}
     each = [float(surprisals(lm, document.ids[at : at + length]).sum()) for at in starts]
     assert whole
     assert bits == pytest.approx(sum(each) / len(each) / K, rel=1e-5)

@@ -12,7 +12,7 @@ import zstandard
 
 from conftest import passages, tiny
 from memvec import metrics
-from memvec.cramming.certify import positions
+from memvec.cramming.certify import position_scores
 from memvec.lab.compressors import byte_account
 from memvec.lab.report.published import published
 from memvec.model import memory
@@ -172,7 +172,7 @@ def test_measures_equal_a_loop_over_the_models_own_logits(
         monkeypatch.setattr(lm, "bos_id", None)
     monkeypatch.setattr(memory, "LOGITS_AT_ONCE", chunk)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
-    batch = positions(lm, vectors, asked, rule)
+    batch = position_scores(lm, vectors, asked, rule)
     scores = [batch[i, : len(p) - given] for i, p in enumerate(asked)]
     found = [own.measures(len(p), 0).model_dump() for own, p in zip(scores, asked, strict=True)]
 

@@ -100,7 +100,7 @@ def test_states_do_not_depend_on_tokens_and_t_tokens_take_t_inputs():
     lm, vectors = one_step(tiny()), torch.stack([o.vectors for o in crammed("llama")])[:1]
     a, b = (torch.full((1, 5), t) for t in (3, 9))
     assert torch.equal(lm.states(vectors, a), lm.states(vectors, b))
-    assert lm.inputs(vectors, a).shape == (1, 5, lm.width)
+    assert lm.reading.inputs(lm, vectors, a).shape == (1, 5, lm.width)
     single = next(o for o in crammed("llama") if len(o.passage) == 1)
     assert single.spent == single.steps  # a passage of one token has one input
 
@@ -127,12 +127,12 @@ def test_bits_without_vectors_do_not_depend_on_the_layout():
 def test_a_one_step_view_does_not_change_its_model():
     lm = reader()
     view = lm.read_as("one-step")
-    assert (lm.layout, view.layout) == ("prefix", "one-step")
+    assert (lm.reading.layout, view.reading.layout) == ("prefix", "one-step")
     assert view.model is lm.model
     assert view.read_as("one-step") is view
     assert lm.read_as("prefix") is lm
     vectors, ids = torch.zeros(1, 2, lm.width), torch.zeros(1, 3, dtype=torch.long)
-    assert lm.inputs(vectors, ids).shape[1] == 4
+    assert lm.reading.inputs(lm, vectors, ids).shape[1] == 4
 
 
 @pytest.mark.parametrize("window", [4, 8])

@@ -158,7 +158,7 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
 def test_one_step_vectors_are_exact_after_steps_in_bfloat16():
     lm, asked = one_step(tiny()), passages(2, 3, seed=13)
     engine = Engine(lm, replace(HALF, steps=300), vectors=2, batch_size=2)
-    assert engine.module.layout == "one-step"
+    assert engine.module.reading.layout == "one-step"
     outcomes = list(engine.run(asked))
     assert [(o.status, o.exact) for o in outcomes] == [("done", True)] * 2
 

@@ -27,7 +27,7 @@ K = 2
 
 def inputs_of(lm):
     vectors = torch.randn(1, K, lm.width, generator=torch.Generator().manual_seed(1))
-    return lm.inputs(vectors * 0.4, torch.tensor([ASKED.ids]), "bos")
+    return lm.reading.inputs(lm, vectors * 0.4, torch.tensor([ASKED.ids]), "bos")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox"])
@@ -80,7 +80,8 @@ def test_the_slow_path_gives_the_same_shares_and_lens(family):
     """It takes shares from queries and keys, the lens from fewer layers, and restores the model."""
     lm = tiny(family)
     vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
-    inputs, token = lm.inputs(vectors[None], torch.tensor([ASKED.ids]), "bos"), ASKED.ids[0]
+    ids, token = torch.tensor([ASKED.ids]), ASKED.ids[0]
+    inputs = lm.reading.inputs(lm, vectors[None], ids, "bos")
     before, layers = lm.config._attn_implementation, lm.config.num_hidden_layers
     whole = lm.states_of(inputs, keep=3)
     shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *ASKED.ids[:-1]])
@@ -99,7 +100,7 @@ def test_attention_shares_respect_windows_soft_caps_and_sinks(family):
     of the weight."""
     lm, (passage,) = tiny(family), passages(9, seed=4)
     vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
-    inputs = lm.inputs(vectors[None], torch.tensor([passage.ids]), "bos")
+    inputs = lm.reading.inputs(lm, vectors[None], torch.tensor([passage.ids]), "bos")
     before, whole = lm.config._attn_implementation, lm.states_of(inputs, keep=3)
     shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *passage.ids[:-1]])
     assert shares == pytest.approx(inside.attention_shares(lm, inputs, K), abs=1e-4)

@@ -31,7 +31,7 @@ from memvec.cli.progress import study_progress
 from memvec.cli.study import _pool_maker, ls, validate
 from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
-from memvec.cramming.certify import positions
+from memvec.cramming.certify import position_scores
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
@@ -750,7 +750,7 @@ def test_the_check_measures_a_text_without_vectors_as_certification_does(
     """If the text begins with BOS, no other BOS is in front, and this one costs no bits."""
     lm = reader()
     ids = (lm.bos_id if own else 9, 7, 8, 5)
-    scores = positions(lm, torch.zeros(1, 1, lm.width), [Passage(ids)], rule)
+    scores = position_scores(lm, torch.zeros(1, 1, lm.width), [Passage(ids)], rule)
     bits, margin = check_alone(lm, ids, rule)
     np.testing.assert_allclose(scores.lm_bits[0].numpy(), bits, atol=1e-4)
     np.testing.assert_allclose(scores.lm_margin[0].numpy(), margin, atol=1e-4)

@@ -47,8 +47,8 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         ids = torch.tensor([job.passage.ids])
         vectors = batch.parameters[row : row + 1].detach().clone().requires_grad_()
         n = len(job.passage) - 1
-        after = hidden(lm, lm.inputs(vectors, ids, rule))
-        plain = hidden(lm, lm.inputs(None, ids, "bos"))
+        after = hidden(lm, lm.reading.inputs(lm, vectors, ids, rule))
+        plain = hidden(lm, lm.reading.inputs(lm, None, ids, "bos"))
         slow = sum(
             (1 - torch.cosine_similarity(a[:, -n:], b[:, -n:], dim=-1)).mean()
             for a, b in zip(after[1 : layers + 1], plain[1 : layers + 1], strict=True)
@@ -295,7 +295,7 @@ def test_a_text_with_its_own_bos_is_aligned_without_another():
     engine.fill(1)
     measured = engine.stepper.measure(engine.batch, engine.columns)
     ids, n = torch.tensor([passage.ids]), len(passage) - 1
-    after = hidden(lm, lm.inputs(engine.batch.parameters.detach(), ids, "vectors"))
+    after = hidden(lm, lm.reading.inputs(lm, engine.batch.parameters.detach(), ids, "vectors"))
     plain = hidden(lm, lm.embed(ids[:, :-1]))
     slow = sum(
         (1 - torch.cosine_similarity(a[:, -n:], b[:, -n:], dim=-1)).mean()

@@ -34,25 +34,22 @@ if TYPE_CHECKING:  # `name as name` marks a re-export for type checkers
     from memvec.usable.score import score as score
     from memvec.vectors import MemVectors as MemVectors
 
-_MODULES = {  # name -> the module that defines it
-    "load_lm": "memvec.loading",
-    "FrozenLM": "memvec.model.lm",
-    "cram": "memvec.codec",
-    "decode": "memvec.codec",
-    "MemVectors": "memvec.vectors",
-    "measure": "memvec.certificate",
-    "verify": "memvec.certificate",
-    "certify": "memvec.certification",
-    "use": "memvec.usable.generate",
-    "context_inputs": "memvec.usable.generate",
-    "score": "memvec.usable.score",
-    "certify_use": "memvec.usable.certificate",
-    "register": "memvec.registry",
-    "Engine": "memvec.cramming.engine",
-    "Recipe": "memvec.cramming.recipe",
-    "MemvecError": "memvec.errors",
-    "NotExactError": "memvec.errors",
+_NAMES = {  # module -> the public names that it defines
+    "memvec.certificate": ("measure", "verify"),
+    "memvec.certification": ("certify",),
+    "memvec.codec": ("cram", "decode"),
+    "memvec.cramming.engine": ("Engine",),
+    "memvec.cramming.recipe": ("Recipe",),
+    "memvec.errors": ("MemvecError", "NotExactError"),
+    "memvec.loading": ("load_lm",),
+    "memvec.model.lm": ("FrozenLM",),
+    "memvec.registry": ("register",),
+    "memvec.usable.certificate": ("certify_use",),
+    "memvec.usable.generate": ("context_inputs", "use"),
+    "memvec.usable.score": ("score",),
+    "memvec.vectors": ("MemVectors",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULES)
 

@@ -50,7 +50,7 @@ def assembled(
     header = Header(
         model=view.description(),
         **around,
-        layout=view.layout,
+        layout=view.reading.layout,
         space=None if reading.space == "inputs" else space,
         packing=storage.packing,
         environment=environment(view.device),

@@ -44,13 +44,13 @@ def cram(
 
     A single `str`, `bytes` or Document is one text. `tokens` is the length of a passage; without
     it, passages are cut by information, so that K vectors can hold them. `recipe` says how passages
-    are crammed (default: `Recipe()`). `batch_size` is the number of slots, that is, of passages
+    are crammed (default: `Recipe()`). `batch_size` is the number of slots, that is, passages
     crammed at once (default: as many as memory allows). `storage` is the number format in which
-    vectors are stored and certified (a name in memvec.storage.STORAGES). `keep_text` stores the
-    text in the file, too. `journal` is the path of a file that keeps finished passages: after an
-    interruption, the same call continues from it; delete it once the vectors are saved. `workers`
-    (memvec.workers) cut long texts, cram the passages, and decode them for the certificate of `lm`.
-    `on_status` is called with the progress.
+    vectors are stored and certified (memvec.storage.STORAGES). `keep_text` also stores the text.
+    `journal` is the path of a file that keeps finished passages: after an interruption, the same
+    call continues from it; delete it once the vectors are saved. `workers` (memvec.workers) cut
+    long texts, cram the passages, and decode them for the certificate of `lm`. `on_status` is
+    called with the progress.
 
     `layout` says how the model reads the vectors (memvec.model.reading). 'prefix' puts them in
     front of their passage. 'one-step' uses two vectors per passage, from which one forward pass
@@ -68,11 +68,10 @@ def cram(
     check_type("recipe", recipe, Recipe, "Recipe.of('paper')")
     if not (documents := documents_of(lm, texts)):
         raise MemvecError("there is no text to cram.")
-    lm = lm.read_as(layout)
+    lm, stored = lm.read_as(layout), storage_of(storage)
     vectors = lm.reading.fixed_vectors or vectors
-    stored = storage_of(storage)
     with opened(journal, lm, recipe, vectors=vectors, storage=storage, layout=layout) as kept:
-        job = (lm.reading.job_type or CramJob)(
+        job: CramJob = (lm.reading.job_type or CramJob)(
             lm,
             documents,
             vectors,

@@ -29,8 +29,9 @@ from memvec.workers import Batch, Crew, Workers, cut_lengths, decode_passages
 # Information of a passage, as a share of the bits that its vectors can hold: a nearly full vector
 # takes many steps. `fill` in the memvec.json of a model's folder replaces this value.
 FILL = 0.4
-TRIAL = 8  # passages in the step that is timed before cramming starts on a CPU
-PROBED = 8  # passages on which the bits per vector are estimated for a model without measured facts
+TRIAL_PASSAGES = 8  # in the step that is timed before cramming starts on a CPU
+# The bits per vector of a model without measured facts are estimated on this number of passages.
+PROBE_PASSAGES = 8
 PROBE_STEPS = 200
 PROBE_TOKENS = 128  # tokens per vector of such a passage; doubled while all passages are exact
 
@@ -137,7 +138,7 @@ class CramJob:
     def seconds_of_step(self, slots: int, tokens: int) -> float:
         """The seconds of a step with `slots` passages of `tokens` tokens, from a trial step."""
         # The time of a GPU is not proportional to the slots: it waits for kernel launches.
-        timed = min(slots, TRIAL) if self.lm.device.type == "cpu" else slots
+        timed = min(slots, TRIAL_PASSAGES) if self.lm.device.type == "cpu" else slots
         return self.engine.trial(tokens, timed) * slots / timed
 
     def cram(self, passages: Iterable[Passage]) -> None:
@@ -156,7 +157,7 @@ class CramJob:
                     engine.push(part)
 
     def _crew(self, workers: Workers) -> Crew:
-        formats: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
+        formats: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.reading.layout}
         batch = Batch((), self.recipe, vectors=self.K, batch_size=self.engine.batch_size, **formats)
         return Crew(workers, batch, self.report)
 
@@ -210,7 +211,7 @@ class CramJob:
 
         The bits are those of the tokens up to the horizon.
         """
-        starts = sorted({(len(ids) - length) * i // PROBED for i in range(PROBED)})
+        starts = sorted({(len(ids) - length) * i // PROBE_PASSAGES for i in range(PROBE_PASSAGES)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
         slots = min(len(probes), self.batch_size or default_batch_size(self.lm, length, self.K))

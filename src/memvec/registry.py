@@ -236,9 +236,6 @@ def guarded(kind: str, name: str, part: Any) -> Any:
     return part_checks.guarded(kind, plugins.plain(name), part) if added else part
 
 
-checked = part_checks.check_tensor
-
-
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise MemvecError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")

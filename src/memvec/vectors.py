@@ -125,12 +125,13 @@ class MemVectors:
         that of the K vectors of one passage; both utilisations are those of all vectors. A vector
         that all passages share counts once.
         """
-        P, K, D = self.vectors.shape
+        (P, K, D), stored = self.vectors.shape, self.stored
+        vectors = stored.shape[0] * stored.shape[1]
         V = int(self.header.model.get("vocabulary", 2))
-        number_bits = 8 * self.size / max(1, self.stored.numel())  # stored bits per number
+        number_bits = 8 * self.size / max(1, stored.numel())  # stored bits per number
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
-        count = max(1, self.stored.shape[0] * self.stored.shape[1])  # number of distinct vectors
+        count = max(1, vectors)
         mean, error = metrics.mean_and_error([p.tokens * P / count for p in self.passages])
         inserted = [new for d in self.header.documents for _, _, new in d.edits]
         return {
@@ -138,7 +139,7 @@ class MemVectors:
             "documents": len(self.header.documents),
             "passages": P,
             "vectors_per_passage": K,
-            "vectors": self.stored.shape[0] * self.stored.shape[1],
+            "vectors": vectors,
             "width": D,
             "storage": self.storage.name,
             "bits_per_number": number_bits,

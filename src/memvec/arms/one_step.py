@@ -90,7 +90,3 @@ class OneStepSharedM(OneStepReading):
     def vectors(self, rows: Float[Tensor, "R k D"]) -> Float[Tensor, "P K D"]:
         """(e_p, m) of each passage."""
         return torch.cat([rows[1:], rows[:1].expand(len(rows) - 1, -1, -1)], dim=1).contiguous()
-
-    def row_count(self, passages: int) -> int:
-        """P + 1: one row for each passage, and one for m."""
-        return passages + 1

@@ -34,7 +34,7 @@ def saved(
     path = existing_path(file)
     now = path.stat()  # the times of some file systems are of whole seconds
     mem, places = _of_file(str(path), (now.st_mtime_ns, now.st_ino, now.st_size))
-    if mem.header.layout != lm.layout or mem.header.space or lm.reading.space != "inputs":
+    if mem.header.layout != lm.reading.layout or mem.header.space or lm.reading.space != "inputs":
         raise MemvecError(f"the vectors in {path} are read otherwise: only inputs begin there.")
     if tuple(mem.vectors.shape[1:]) != (K, lm.width):
         has, D = mem.vectors.shape[1:]

@@ -62,7 +62,7 @@ def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
     if front == "bos" and not fits:
         raise MemvecError(
             f"BOS can stand in front of inputs that a passage follows, which vectors in the space "
-            f"'{lm.reading.space}' with the layout '{lm.layout}' are not: use front=none."
+            f"'{lm.reading.space}' with the layout '{lm.reading.layout}' are not: use front=none."
         )
     tokens = (lm.bos_id,) if front != "none" and fits and lm.bos_id is not None else ()
     if tokens == _tokens(lm):
@@ -139,7 +139,7 @@ def as_context_at(lm: FrozenLM, scale: float) -> FrozenLM:
     if not _takes_front(lm):
         raise MemvecError(
             f"context_scale is of inputs in front of a passage, which vectors in the space "
-            f"'{lm.reading.space}' with the layout '{lm.layout}' are not: leave it out."
+            f"'{lm.reading.space}' with the layout '{lm.reading.layout}' are not: leave it out."
         )
     view = copy.copy(lm)
     view.context_scale = scale
@@ -173,7 +173,7 @@ def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _takes_front(lm: FrozenLM) -> bool:
     """True if inputs can be in front of the vectors: these are inputs in front of a passage."""
-    return lm.layout == "prefix" and lm.reading.space == "inputs"
+    return lm.reading.layout == "prefix" and lm.reading.space == "inputs"
 
 
 def _tokens(lm: FrozenLM) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def certify(
     finite = torch.isfinite(vectors).flatten(1).all(1)
     vectors = torch.where(finite[:, None, None], vectors, 0.0)
     given = int(start == "first-token")
-    batch = positions(lm, vectors, passages, start)
+    batch = position_scores(lm, vectors, passages, start)
     scores = [batch[i, : len(f.passage) - given] for i, f in enumerate(finished)]
     if isinstance(corrections, int):
         n, pairs = corrections, zip(finished, scores, strict=True)
@@ -124,7 +124,7 @@ def certify(
 
 
 @torch.no_grad()
-def positions(
+def position_scores(
     lm: FrozenLM, vectors: Float[Tensor, "B K D"], passages: Sequence[Passage], start: StartRule
 ) -> PositionScores:
     """Teacher-forced scores (B, N) of every predicted position, with the vectors and without.

@@ -19,6 +19,8 @@ from torch import Tensor
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import Rows
 
+RISE = 0.8  # growth factor of the window of the mean gradient (see `first_decay`)
+
 
 def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
     """The learning rate of each passage's next step, after `moved` steps.
@@ -32,9 +34,6 @@ def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "
         cosine = 0.5 * (1 + torch.cos(torch.pi * progress.clamp(0, 1)))
         rate = recipe.lr_end + (recipe.lr - recipe.lr_end) * cosine
     return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
-
-
-RISE = 0.8  # growth factor of the window of the mean gradient (see `first_decay`)
 
 
 def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:

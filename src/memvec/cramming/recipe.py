@@ -239,11 +239,12 @@ class Recipe:
         base = registry.get("preset", preset)()
         if not isinstance(base, Recipe):
             raise MemvecError(f"the preset '{preset}' gives no Recipe but {type(base).__name__}.")
-        known = [item.name for item in fields(cls)]
+        kinds = {item.name: type(item.default) for item in fields(cls)}
         named = {name.replace("-", "_"): value for name, value in changes.items()}
-        for name in [name for name in named if name not in known]:
-            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
-        return replace(base, **named)
+        for name in [name for name in named if name not in kinds]:
+            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, kinds)}")
+        # The constructor converts values, too, but its annotations allow no text for a number.
+        return replace(base, **{n: converted(n, v, kinds[n]) for n, v in named.items()})
 
     def in_logits(self, spread: float) -> Recipe:
         """The same recipe with temperature and margin in logits.

@@ -22,15 +22,18 @@ class Rows:
 
     def take(self: R, index: Int[Tensor, " n"]) -> R:
         """Copies of the rows at `index`, in its order."""
-        return self._map(lambda tensor: tensor.index_select(0, index))
+        taken = {
+            name: rows.take(index) if isinstance(rows, Rows) else rows.index_select(0, index)
+            for name, rows in self._fields().items()
+        }
+        return type(self)(**taken)
 
     def joined(self: R, other: R) -> R:
         """The rows of `self`, then the rows of `other`."""
-        pairs = {name: (own, getattr(other, name)) for name, own in self._fields().items()}
-        joined = {
-            name: own.joined(new) if isinstance(own, Rows) else torch.cat([own, new])
-            for name, (own, new) in pairs.items()
-        }
+        joined = {}
+        for name, rows in self._fields().items():
+            new = getattr(other, name)
+            joined[name] = rows.joined(new) if isinstance(rows, Rows) else torch.cat([rows, new])
         return type(self)(**joined)
 
     def is_complete(self, B: int) -> bool:
@@ -43,13 +46,6 @@ class Rows:
 
     def _fields(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
-
-    def _map(self: R, function: Any) -> R:
-        mapped = {
-            name: value._map(function) if isinstance(value, Rows) else function(value)
-            for name, value in self._fields().items()
-        }
-        return type(self)(**mapped)
 
 
 def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Starts: the first vectors of each passage.
+"""Where cramming begins: the first vectors of each passage, and the view that reads them.
 
 Random vectors depend only on the passage's token ids and the recipe's seed.
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec import plugins, registry
+from memvec import part_checks, plugins, registry
 from memvec.companions.around import as_context_at, with_front, with_trigger
 from memvec.companions.triggers import trigger_named
 from memvec.cramming.recipe import Recipe
@@ -25,6 +25,8 @@ from memvec.passages.passage import ids_hash
 
 if TYPE_CHECKING:
     from memvec.companions.encoder import OnePassEncoder
+
+ENCODER_REACH = 2  # passages of up to this multiple of an encoder's length start near a solution
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
@@ -68,13 +70,28 @@ def start_vectors(
     context mode multiplies by it. Raises MemvecError if the start is 'encoder' and the model has no
     encoder that fits.
     """
-    name = start_of(lm, recipe)
-    if name != "encoder":
-        start, shape = registry.get("start", name), (K, lm.width)
-        rows = [registry.checked("start", name, start(lm, i, K, recipe), shape) for i in passages]
-        space, numbers = lm.reading.space, (K, lm.numbers)
-        rows = [registry.checked("space", space, lm.reading.begun_at(lm, r), numbers) for r in rows]
-        return [vectors / recipe.context_scale for vectors in rows]
+    if (name := start_of(lm, recipe)) == "encoder":
+        rows = _encoded(lm, passages, K, recipe, alone=alone)
+    else:
+        rows = [_started(lm, name, ids, K, recipe) for ids in passages]
+    return [vectors / recipe.context_scale for vectors in rows]
+
+
+def _started(
+    lm: FrozenLM, name: str, ids: Sequence[int], K: int, recipe: Recipe
+) -> Float[Tensor, "K W"]:
+    """The vectors of a registered start, as numbers of the model's space."""
+    inputs = registry.get("start", name)(lm, ids, K, recipe)
+    part_checks.check_tensor("start", name, inputs, (K, lm.width))
+    numbers: Tensor = lm.reading.begun_at(lm, inputs)
+    part_checks.check_tensor("space", lm.reading.space, numbers, (K, lm.numbers))
+    return numbers
+
+
+def _encoded(
+    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe, *, alone: bool
+) -> list[Float[Tensor, "K D"]]:
+    """The encoder's vectors of each passage; passages of equal length are read together."""
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
         raise MemvecError(f"{lm.name} has no {kind} encoder for such vectors: use start '{other}'.")
@@ -86,7 +103,7 @@ def start_vectors(
     for indices in batches.values():
         table = torch.tensor([list(passages[i]) for i in indices], device=lm.device)
         vectors |= dict(zip(indices, encoder.encode(lm, table, K).cpu(), strict=True))
-    return [vectors[i] / recipe.context_scale for i in range(len(passages))]
+    return [vectors[i] for i in range(len(passages))]
 
 
 def view_for(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
@@ -117,10 +134,6 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     if rule == "bos" and not lm.trigger:
         raise MemvecError(f"{lm.name} has no BOS token: use the start rule 'vectors'.")
     return rule
-
-
-# Passages of up to this multiple of an encoder's length start close to a solution.
-ENCODER_REACH = 2
 
 
 def continues(recipe: Recipe) -> bool:

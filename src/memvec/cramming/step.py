@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memvec import registry
+from memvec import part_checks, registry
 from memvec.cramming.batch import BatchState
 from memvec.cramming.coordinates import Coordinates, as_stored
 from memvec.cramming.objectives import objective_named, score
@@ -140,7 +140,7 @@ class Step:
         """The vectors of parameters, before they are rounded."""
         shape = (len(parameters), self.K, self.lm.numbers)
         vectors: Tensor = self.coordinates.vectors(parameters)
-        registry.checked("coordinates", self.recipe.coordinates, vectors, shape)
+        part_checks.check_tensor("coordinates", self.recipe.coordinates, vectors, shape)
         return vectors
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec import __version__, registry
+from memvec import __version__, part_checks, registry
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model.precision import ATTENTION
@@ -133,7 +133,9 @@ def written(target: Target, path: Path, item: Item, lm: FrozenLM) -> None:
 def inputs_read(target: Target, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
     """What a target reads of an item. Raises MemvecError for a tensor of another shape, or none."""
     shape = (len(item.vectors) + len(item.given), lm.width)
-    inputs: Tensor = registry.checked("export", target.name, target.read(path, item, lm), shape)
+    inputs: Tensor = part_checks.check_tensor(
+        "export", target.name, target.read(path, item, lm), shape
+    )
     return inputs
 
 

@@ -12,8 +12,9 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
+from memvec.model.agreement import spread_ids
 from memvec.model.lm import FrozenLM
-from memvec.model.probes import Check, checks, guarded, probe_ids
+from memvec.model.probes import Check, checks, guarded
 from memvec.passages.passage import Passage
 
 
@@ -80,7 +81,7 @@ def speed(lm: FrozenLM, tokens: int = 64, batch_size: int = 16, seconds: float =
     `batch_size` passages of `tokens` tokens are computed at once, for about `seconds` seconds.
     """
     tokens = min(tokens, (lm.context or tokens + 1) - 1)
-    ids = probe_ids(lm, tokens).expand(batch_size, -1)
+    ids = spread_ids(lm.embedding, tokens).expand(batch_size, -1)
     vectors = torch.zeros(batch_size, 1, lm.width, device=lm.device, requires_grad=True)
     done, start = 0, time.perf_counter()
     while done < 2 or (time.perf_counter() - start < seconds and done < 50):
@@ -101,7 +102,7 @@ def _round_trip(lm: FrozenLM) -> tuple[bool, str]:
     Trained models pass at the first attempt. In an untrained model the first token may attract so
     much attention that one vector has no effect.
     """
-    ids = tuple(probe_ids(lm, 5)[0, 3:].tolist())
+    ids = tuple(spread_ids(lm.embedding, 5)[0, 3:].tolist())
     for K, n in ((1, 2), (4, 2), (1, 1)):
         recipe = Recipe(steps=400, patience=100)
         (outcome,) = Engine(lm, recipe, vectors=K, batch_size=1).run([Passage(ids[:n])])

@@ -1,9 +1,10 @@
-"""The tolerance within which two computations of the same logits count as equal."""
+"""Compare two computations of the same logits: on which tokens, and within which tolerance."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from memvec.model.spread import MASKED
 
@@ -25,3 +26,9 @@ def agree(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[bool, str]:
     gap = float((ours - truth).abs().max() / spread)
     limit = TOLERANCE[dtype]
     return gap <= limit, f"largest difference {gap:.1e} std of the logits (limit {limit:g})"
+
+
+def spread_ids(embedding: nn.Module, n: int) -> Int[Tensor, "1 n"]:
+    """n token ids spread over the rows of an embedding matrix, the same in every call."""
+    rows: Tensor = embedding.weight  # type: ignore[assignment]
+    return (torch.arange(n, device=rows.device) * 104729 % len(rows))[None]

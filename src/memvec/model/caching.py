@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.errors import first_line
-from memvec.model.agreement import agree
+from memvec.model.agreement import agree, spread_ids
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")
 SLOW = "each decoded token repeats the whole forward"
@@ -104,8 +104,7 @@ def find_cache(
     """
     config: Any = model.config
     argument = _argument(type(model).forward)
-    rows: Tensor = embedding.weight  # type: ignore[assignment]
-    ids = (torch.arange(7, device=rows.device) * 104729 % len(rows))[None]
+    ids = spread_ids(embedding, 7)
     ids = torch.cat([ids, ids.flip(1)])
     try:
         if argument is None:

@@ -168,7 +168,7 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     They are measured on a passage of `tokens` tokens, or of 4 or 256 where `tokens` is below or
     above these. None for the one-step layouts, which put no vectors in front of tokens.
     """
-    if lm.layout != "prefix":
+    if lm.reading.layout != "prefix":
         return None
     T = max(4, min(tokens, MAX_MEASURED))
     sizes = []

@@ -34,7 +34,7 @@ from memvec.model.heads import split_head, unwrapped
 from memvec.model.large import offloaded, recomputed
 from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
-from memvec.model.reading import IN_FRONT, Layout, Reading, StartRule, reading_named
+from memvec.model.reading import IN_FRONT, Reading, StartRule, reading_named
 from memvec.model.soft_tokens import embedded
 from memvec.model.spread import embedding_std, logit_spread
 
@@ -173,11 +173,6 @@ class FrozenLM:
         rows: Tensor = self.embedding(ids) if self.soft is None else embedded(self, ids)
         return rows
 
-    @property
-    def layout(self) -> Layout:
-        """The name of the layout, as in files and records."""
-        return self.reading.layout
-
     def read_as(self, layout: str | Reading) -> FrozenLM:
         """A view of this model that reads vectors in another way; the model itself if it does so.
 
@@ -203,23 +198,17 @@ class FrozenLM:
     @property
     def trigger(self) -> tuple[int, ...]:
         """The tokens after the vectors under the start rule 'bos': BOS, or another trigger."""
-        bos = () if self.bos_id is None else (self.bos_id,)
-        return bos if self.other_trigger is None else self.other_trigger
+        return self._bos if self.other_trigger is None else self.other_trigger
+
+    @property
+    def _bos(self) -> tuple[int, ...]:
+        return () if self.bos_id is None else (self.bos_id,)
 
     def after_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
         """The F embeddings of the front and then the vectors, in the model's dtype (N = F + K)."""
         ones = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # on the device, without a copy
         front = [self.embed(token * ones) for token in self.front]
         return torch.cat([*front, vectors.to(self.dtype)], 1)
-
-    def inputs(
-        self,
-        vectors: Float[Tensor, "B K D"] | None,
-        ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
-    ) -> Float[Tensor, "B N D"]:
-        """The inputs of a teacher-forced pass; the last ones predict the tokens of `ids`."""
-        return self.reading.inputs(self, vectors, ids, start)
 
     def states(
         self,
@@ -294,13 +283,20 @@ class FrozenLM:
                 stack.enter_context(offloaded(self.model, pin=self.device.type != "cpu"))
             yield
 
-    def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
-        """Tokens between vectors and first predicted token. Raises MemvecError without BOS."""
+    def start_ids(
+        self, ids: Int[Tensor, "B T"], start: StartRule, *, alone: bool = False
+    ) -> Int[Tensor, "B n"]:
+        """The tokens between the vectors and the first predicted token.
+
+        `alone` is for passages without vectors, which the model reads after BOS whatever the
+        trigger is. Raises MemvecError for 'bos' without such a token.
+        """
         if start == "bos":
-            if not self.trigger:
+            tokens = self._bos if alone else self.trigger
+            if not tokens:
                 raise MemvecError(f"{self.name} has no BOS token: use the start rule 'vectors'.")
             # `new_full` fills on the device: a copy from the CPU would make a GPU wait.
-            return torch.cat([ids.new_full((len(ids), 1), token) for token in self.trigger], 1)
+            return torch.cat([ids.new_full((len(ids), 1), token) for token in tokens], 1)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:

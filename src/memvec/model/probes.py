@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from memvec.errors import MemvecError, first_line
-from memvec.model.agreement import agree
+from memvec.model.agreement import agree, spread_ids
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -59,16 +57,10 @@ def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: Frozen
     return Check(name, ok, detail)
 
 
-def probe_ids(lm: FrozenLM, n: int) -> Int[Tensor, "1 n"]:
-    """n token ids spread over the vocabulary."""
-    rows = int(lm.embedding.weight.shape[0])  # type: ignore[index,union-attr]
-    return (torch.arange(n, device=lm.device) * 104729 % rows)[None]
-
-
 @torch.no_grad()
 def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
     """Embedded tokens that are passed in as vectors give the model's own logits."""
-    ids = probe_ids(lm, 7)
+    ids = spread_ids(lm.embedding, 7)
     as_vectors = lm.embed(ids[:, :3])
     ours = lm.logits(as_vectors, ids[:, 3:])
     return agree(ours, lm.own_logits(ids)[:, 2:-1], lm.rounding)
@@ -76,7 +68,7 @@ def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
 
 @torch.no_grad()
 def _padding(lm: FrozenLM) -> tuple[bool, str]:
-    ids = probe_ids(lm, 9)
+    ids = spread_ids(lm.embedding, 9)
     vectors = lm.embed(ids[:, :2])
     padded, alone = lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6])
     return agree(padded, alone, lm.rounding)
@@ -84,7 +76,7 @@ def _padding(lm: FrozenLM) -> tuple[bool, str]:
 
 @torch.no_grad()
 def _causal(lm: FrozenLM) -> tuple[bool, str]:
-    ids = probe_ids(lm, 8)
+    ids = spread_ids(lm.embedding, 8)
     changed = ids.clone()
     changed[:, -1] = ids[0, 0]
     truth = lm.own_logits(ids)[:, :-1]
@@ -95,7 +87,7 @@ def _causal(lm: FrozenLM) -> tuple[bool, str]:
 
 
 def _effect(lm: FrozenLM) -> tuple[bool, str]:
-    ids = probe_ids(lm, 6)
+    ids = spread_ids(lm.embedding, 6)
     # A free vector, since embedding rows may be special (the padding row is zero).
     noise = torch.randn(1, 1, lm.width, generator=torch.Generator().manual_seed(0))
     vectors = (noise.to(lm.device) * lm.embedding_std).requires_grad_()

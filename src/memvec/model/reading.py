@@ -95,13 +95,7 @@ class Reading:
             raise MemvecError(f"unknown start rule '{start}': {did_you_mean(start, START_RULES)}")
         parts = [] if vectors is None else [lm.after_front(vectors)]
         if start == "bos":
-            if vectors is not None:
-                before = lm.start_ids(ids, start)
-            elif lm.bos_id is not None:
-                before = ids.new_full((len(ids), 1), lm.bos_id)
-            else:
-                raise MemvecError(f"{lm.name} has no BOS token: use the start rule 'vectors'.")
-            parts.append(lm.embed(before))
+            parts.append(lm.embed(lm.start_ids(ids, start, alone=vectors is None)))
         parts.append(lm.embed(ids[:, :-1]))
         return torch.cat(parts, dim=1)
 
@@ -122,8 +116,8 @@ class Reading:
         return rows
 
     def row_count(self, passages: int) -> int:
-        """Number of stored rows for a number of passages."""
-        return passages
+        """Number of stored rows for a number of passages: a vector that all share is one more."""
+        return passages + self.shares_vector
 
 
 IN_FRONT = Reading()
@@ -144,7 +138,7 @@ def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
     alike = all(options.get(key, value) == value for key, value in lm.reading.options.items())
     if name == "inputs" or (name == lm.reading.space and alike):
         return lm
-    if lm.layout != "prefix":
+    if lm.reading.layout != "prefix":
         raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")
     reading = registry.made("space", name, lm.read_as(IN_FRONT), options)
     if not isinstance(reading, Reading) or reading.space != name:

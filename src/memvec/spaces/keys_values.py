@@ -28,9 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.errors import MemvecError, first_line
-from memvec.model.agreement import agree
+from memvec.model.agreement import agree, spread_ids
 from memvec.model.lm import FrozenLM
-from memvec.model.probes import probe_ids
 from memvec.model.reading import Reading, StartRule
 
 # Keys and values (1, heads, K, width) of each layer.
@@ -176,7 +175,7 @@ class KeysValues(Reading):
     @torch.no_grad()
     def _agrees(self, probe: Layers) -> None:
         """Raise MemvecError if the model's own keys and values, passed in, change its logits."""
-        lm, ids = self.lm, probe_ids(self.lm, 7)
+        lm, ids = self.lm, spread_ids(self.lm.embedding, 7)
         tables = [table for layer in probe for table in layer]
         # All layers, whichever of them are trained, in units of 1.
         whole = Entries.of(list(range(len(probe))), tables, [0] * len(tables))
@@ -238,7 +237,7 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
         raise _unfit(lm, space, "it decodes without a cache")
     if lm.checkpointing:
         raise _unfit(lm, space, "checkpointing computes layers twice, and a cache grows at each")
-    inputs = lm.embed(probe_ids(lm, 7))
+    inputs = lm.embed(spread_ids(lm.embedding, 7))
     try:
         layers = keys_values(lm, inputs)
         whole = layers and all(t.dim() == 4 and t.shape[2] == 7 for pair in layers for t in pair)

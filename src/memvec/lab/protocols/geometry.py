@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memvec.cramming.certify import positions
+from memvec.cramming.certify import position_scores
 from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_length, place
@@ -55,7 +55,7 @@ class Geometry(Protocol):
         """Teacher-forced accuracy at evenly spaced points from solution a to b, (K, D) each."""
         t = torch.linspace(0, 1, POINTS)[:, None, None]
         line = (1 - t) * a.float() + t * b.float()
-        margin = positions(lm, line, [passage] * POINTS, start).margin
+        margin = position_scores(lm, line, [passage] * POINTS, start).margin
         return [teacher_forced_accuracy(row > 0) for row in margin]
 
     def recompute_between(

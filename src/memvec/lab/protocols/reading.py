@@ -82,7 +82,7 @@ class ReadingProtocol(Protocol):
         layers, K = layer_count(lm), len(vectors)
         table = torch.tensor([ids], device=lm.device)
         rows = vectors[None].to(lm.device)
-        inputs = lm.inputs(rows, table, "bos")
+        inputs = lm.reading.inputs(lm, rows, table, "bos")
         cut = {}
         for name, without in cases(layers).items():
             with torch.no_grad(), knocked_out(lm, without, K):
