@@ -4,8 +4,9 @@ This module exports the public API. Import other names from their modules. The f
 imports its module, so `import memvec` does not load torch.
 
 Letters in shapes: B slots in the batch, K [mem] vectors, T tokens of a passage, D width of an input
-vector, H width of a hidden state, V vocabulary, N inputs of a forward pass, L layers, P passages of
-a file. docs/concepts.md defines the terms.
+vector, W numbers of a vector in another space, H width of a hidden state, V vocabulary, N inputs of
+a forward pass, F of them in front of the vectors, L layers, P passages of a file. docs/concepts.md
+defines the terms.
 """
 
 from __future__ import annotations

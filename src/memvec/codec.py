@@ -44,13 +44,12 @@ def cram(
 
     A single `str`, `bytes` or Document is one text. `tokens` is the length of a passage; without
     it, passages are cut by information, so that K vectors can hold them. `recipe` says how passages
-    are crammed (default: `Recipe()`). `batch_size` is the number of slots, that is, passages
-    crammed at once (default: as many as memory allows). `storage` is the number format in which
-    vectors are stored and certified (memvec.storage.STORAGES). `keep_text` also stores the text.
-    `journal` is the path of a file that keeps finished passages: after an interruption, the same
-    call continues from it; delete it once the vectors are saved. `workers` (memvec.workers) cut
-    long texts, cram the passages, and decode them for the certificate of `lm`. `on_status` is
-    called with the progress.
+    are crammed (default: `Recipe()`). `batch_size` is the number of passages crammed at once
+    (default: as many as memory allows). `storage` is the number format in which vectors are stored
+    and certified (memvec.storage.STORAGES). `keep_text` also stores the text. `journal` is the path
+    of a file that keeps finished passages: after an interruption, the same call continues from it;
+    delete it once the vectors are saved. `workers` (memvec.workers) cut long texts, cram the
+    passages, and decode them for the certificate of `lm`. `on_status` is called with the progress.
 
     `layout` says how the model reads the vectors (memvec.model.reading). 'prefix' puts them in
     front of their passage. 'one-step' uses two vectors per passage, from which one forward pass
