@@ -21,6 +21,7 @@ from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import _huffman_bits, bytes_table
+from memvec.lab.report.contents import all_plots
 from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import MAX_NAME, Data, read_data
 from memvec.lab.report.figures import draw_all
@@ -111,6 +112,32 @@ def test_a_passage_of_several_lengths_counts_once_in_the_figure_of_horizons(leng
     (series,) = plot.panels[0].series
     assert series.x == [0.0, max(lengths)]
     assert series.y == [1.0, 1.0]
+    assert "; n 5 for each line." in plot.caption
+
+
+def test_a_line_of_horizons_that_no_passage_ends_reaches_zero(store):
+    """A line that ends above 0 says that longer passages might have been exact: here none is."""
+    spec = ONE.replace("passages = 1", "passages = 4")
+    data = made(store, spec, lambda cell, number: {"horizon": number // 2})
+    (plot,) = protocol_of("exact").figures(data, compare=False)
+    (series,) = plot.panels[0].series
+    assert list(zip(series.x, series.y, strict=True)) == [(0.0, 1.0), (1.0, 0.5), (2.0, 0.0)]
+
+
+def test_captions_have_the_number_of_passages_and_shares_stay_between_0_and_1(store):
+    """One of the two lengths has two passages, the other three, half of them without any hit."""
+    run = '[[runs]]\nprotocol = "paper"\nlengths = [{}]\npassages = {}\n'
+    spec = run.format(8, 2) + run.format(16, 3)
+    data = made(store, spec, lambda cell, number: {"horizon": number % 2 * cell.length})
+    plots = {plot.key: plot for plot in all_plots(data, compare=False)}
+    for key, what in (("accuracy", "length"), ("boxes", "box"), ("per-token", "length")):
+        assert f"; n 2 to 3 for each {what}." in plots[key].caption
+    assert "; n 3 for each line." in plots["positions"].caption
+    (panel,) = plots["accuracy"].panels
+    for series in panel.series:
+        edges = [*(series.low or []), *(series.high or [])]
+        assert all(0.0 <= edge <= 1.0 for edge in edges)
+    assert panel.series[0].low == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("extra", [0, 3])
@@ -730,7 +757,7 @@ def test_published_values_are_found_by_the_models_full_name(
     ]
     assert bool(of_paper or in_figures) == (not loaded)
     if protocol == "paper":
-        assert bool(of_paper) == (not loaded)
+        assert bool(of_paper) == bool(in_figures) == (not loaded)
 
 
 def test_the_table_of_the_documented_protocol_has_a_mean_over_passages(store, monkeypatch):

@@ -17,7 +17,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Capacity, Card, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.plot import Panel, Plot, Series, n_of
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
@@ -82,27 +82,28 @@ class Exact(Protocol):
         return [Table.of("exact", title, f"{note} {PUBLISHED}" if any(theirs) else note, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
-        panels = []
+        panels: list[Panel] = []
+        counts: list[int] = []
         for model, group in data.of(self.name).groupby("model", sort=False):
             series = []
             for (source, K), part in group.groupby(["series", "vectors"], sort=False):
                 # The beginning of a passage that is there at full length adds no observation.
                 longest = part[part["length"] == part["length"].max()]
                 values = np.sort(longest["horizon"].to_numpy())
+                counts.append(len(values))
                 grid = np.unique(np.concatenate([[0], values]))
+                if not (longest["exact"] > 0).any():  # no passage has more: the line reaches 0
+                    grid = np.append(grid, values.max() + 1)
                 share = [float((values >= g).mean()) for g in grid]
                 name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
                 series.append(Series(name, [float(g) for g in grid], share, "line"))
             panels.append(Panel(str(model), "tokens", "share of passages", series))
-        return [
-            Plot(
-                "survival",
-                "Share of passages by exact horizon",
-                "Share of passages with at least x exact tokens. A line that ends above 0 at the "
-                "passages' length is censored there: longer passages might have been exact too.",
-                panels,
-            )
-        ]
+        caption = (
+            "Share of passages with at least x exact tokens, at the longest length; "
+            f"{n_of(counts)} for each line. A line that ends above 0 is censored there: passages "
+            "decode whole, and longer ones might have been exact too."
+        )
+        return [Plot("survival", "Share of passages by exact horizon", caption, panels)]
 
 
 def _published(data: Data, rows: pd.DataFrame) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Capacity, Gains, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series
-from memvec.lab.report.plot import Panel, Plot, Series, boxes, estimates
+from memvec.lab.report.plot import Panel, Plot, Series, boxes, estimates, n_of
 from memvec.lab.report.table import Table, TableLine, mean_and_sd, with_sd
 from memvec.model.reading import StartRule
 from memvec.statistics import Mean, mean_interval
@@ -83,10 +83,10 @@ class Paper(Protocol):
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         rows = data.of(self.name)
-        return [accuracy(rows, compare), spread(rows)]
+        return [accuracy(data, rows, compare), spread(rows)]
 
 
-def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
+def accuracy(data: Data, rows: pd.DataFrame, compare: bool) -> Plot:
     """Teacher-forced accuracy over length; drawn lengths get a rolling mean of 11."""
     panels = []
     for model, group in rows.groupby("model", sort=False):
@@ -95,14 +95,16 @@ def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
             name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
             drawn = part.groupby("length")["tokens"].nunique().max() > 1
             series += _rolling(name, part) if drawn else [_by_length(name, part)]
-        paper_values = published.published()["curves"]["values"].get(str(model))
+        name = data.published_as(str(model))
+        paper_values = published.published()["curves"]["values"].get(name)
         if compare and paper_values:
             curve = {float(k): float(v) for k, v in paper_values["accuracy"].items()}
             series.append(Series("PG-19, published", list(curve), list(curve.values()), "line"))
         xs = [v for s in series for v in s.x]
         series.append(Series("0.99", [min(xs), max(xs)], [THRESHOLD] * 2, "dashed"))
         panels.append(Panel(str(model), "tokens", "teacher-forced accuracy", series, log=True))
-    caption = f"Mean over passages, 95 % interval. {_passed(rows)}"
+    n = n_of(rows.groupby(["model", "series", "vectors", "length"]).size())
+    caption = f"Mean over passages, 95 % interval; {n} for each length. {_passed(rows)}"
     return Plot("accuracy", "Accuracy against length", caption.strip(), panels)
 
 
@@ -139,14 +141,16 @@ def _by_length(name: str, rows: pd.DataFrame) -> Series:
         float(str(length)): mean_interval(cell["accuracy"].tolist())
         for length, cell in rows.groupby("length")
     }
-    capped = [replace(m, high=min(m.high, 1.0)) for m in means.values()]
+    # The interval of a share by Student's t may leave the range of shares; NaN is kept.
+    capped = [replace(m, low=max(m.low, 0.0), high=min(m.high, 1.0)) for m in means.values()]
     hover = [f"{length:.0f} tokens: {m.mean:.4f} (n {m.n})" for length, m in means.items()]
     return estimates(name, means, capped, hover=hover)
 
 
 def spread(rows: pd.DataFrame) -> Plot:
     """Spread over passages of the token gain and of the text's bits without vectors, by length."""
-    panels = []
+    panels: list[Panel] = []
+    counts: list[int] = []
     what = (("token_gain", "token gain"), ("lm_bits", "bits without vectors, H"))
     for (model, source), group in rows.groupby(["model", "series"], sort=False):
         group = group[group["vectors"] == group["vectors"].min()]
@@ -157,7 +161,11 @@ def spread(rows: pd.DataFrame) -> Plot:
             parts = [group.loc[group["length"] == n, column].astype(float) for n in lengths]
             title, names = f"{model}, {source}", [str(n) for n in lengths]
             panels.append(Panel(title, "tokens", label, [boxes(label, parts)], names))
-    caption = "Boxes: median and quartiles over passages; whiskers: minimum and maximum."
+            counts += [len(part) for part in parts]
+    caption = (
+        "Boxes: median and quartiles over passages; whiskers: minimum and maximum; "
+        f"{n_of(counts)} for each box."
+    )
     return Plot("boxes", "Spread over passages, by length", caption, panels)
 
 

@@ -15,7 +15,7 @@ from memvec.lab.protocols.plane import ACCURATE, MIN_ABOVE, Difference, Fit, com
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title
-from memvec.lab.report.plot import Panel, Plot, Series, cloud, estimates
+from memvec.lab.report.plot import Panel, Plot, Series, cloud, estimates, n_of
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Interval, mean_interval, rank_correlation
 
@@ -168,7 +168,7 @@ def _fit_lines(f: Fit, top: float) -> list[Series]:
     C = f.capacity
     name = f"max(0, H − C), C = {C:.0f} bits"
     lines = [Series(name, [0.0, C, top], [0.0, 0.0, max(0.0, top - C)], "line")]
-    for label, edge in (("95 % of C", f.low), ("", f.high)):
+    for label, edge in (("95 % interval of C", f.low), ("", f.high)):
         ends = [0.0, 0.0, max(0.0, top - edge)]
         lines.append(Series(label, [0.0, edge, top], ends, "dashed"))
     return lines
@@ -189,9 +189,12 @@ def per_token(data: Data, rows: pd.DataFrame, compare: bool) -> Plot:
                 series.append(estimates(f"{source}, {name}", means, means.values()))
         series += _published_per_token(data.published_as(str(model))) if compare else []
         panels.append(Panel(str(model), "tokens", "bits per token", series, log=True))
+    smallest_K = rows.groupby("model")["vectors"].transform("min")
+    drawn = rows[rows["vectors"] == smallest_K]
+    n = n_of(drawn.groupby(["model", "series", "length"]).size())
     caption = (
-        "Bits per token without and with vectors: means over passages with 95 % intervals. "
-        f"{_removed(rows)}"
+        "Bits per token without and with vectors, for the smallest K: means over passages with "
+        f"95 % intervals; {n} for each length. {_removed(rows)}"
     )
     return Plot("per-token", "Bits per token against length", caption, panels)
 

@@ -68,6 +68,13 @@ def cloud(name: str, rows: pd.DataFrame, x: str, y: str) -> Series:
     return Series(name, rows[x].astype(float).tolist(), rows[y].astype(float).tolist(), hover=hover)
 
 
+def n_of(counts: Iterable[int]) -> str:
+    """'n 8', or 'n 4 to 8' if the points of a figure have different numbers of passages."""
+    numbers = sorted(counts) or [0]
+    fewest, most = numbers[0], numbers[-1]
+    return f"n {fewest}" if fewest == most else f"n {fewest} to {most}"
+
+
 def diagonal(values: pd.Series) -> Series:
     """The line y = x over the range of the values."""
     ends = [float(values.min()), float(values.max())]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from memvec.errors import MemvecError
 from memvec.lab.report.data import Data
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.plot import Panel, Plot, Series, n_of
 from memvec.lab.report.table import Table, TableLine
 from memvec.statistics import Mean, mean_interval
 
@@ -111,7 +111,9 @@ def positions_figure(data: Data) -> Plot:
         [(e.model, e.series, e.protocol, e.K, e) for e in errors(data)],
         columns=["model", "series", "protocol", "K", "errors"],
     )
-    panels, later, cases = [], 0, 0
+    panels: list[Panel] = []
+    counts: list[int] = []
+    later = cases = 0
     for (model, protocol), group in frame.groupby(["model", "protocol"], sort=False):
         group = group[group["K"] == group["K"].min()]
         series = []
@@ -122,6 +124,7 @@ def positions_figure(data: Data) -> Plot:
             low, high = ([max(0.0, 100 * v) for v in _edges(means, side)] for side in (0, 1))
             y = [100 * m.mean for m in means]
             series.append(Series(name, x, y, "line", low, high))
+            counts.append(len(e.margins))
             if y[0] != y[-1]:
                 cases, later = cases + 1, later + (y[-1] > y[0])
         if not any(v for s in series for v in s.y):
@@ -130,8 +133,8 @@ def positions_figure(data: Data) -> Plot:
         panels.append(Panel(title, "place in the passage, %", "% wrong", series))
     caption = (
         "Share of wrong arg-maxes in each fifth of the passage at the longest length, mean over "
-        f"passages with its 95 % interval. The last fifth has more errors than the first in "
-        f"{later} of {cases} lines that differ."
+        f"passages with its 95 % interval; {n_of(counts)} for each line. The last fifth has more "
+        f"errors than the first in {later} of {cases} lines that differ."
     )
     return Plot("positions", "Errors by position", caption, panels)
 
