@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +84,15 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """An empty store, closed after the test."""
     with Store(tmp_path, write=True) as opened:
         yield opened
+
+
+def test_a_full_disk_says_that_the_rows_before_are_kept(store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MemvecError, match=r"No space left on device; what is in it is kept, and"):
+        made(store, ONE, lambda cell, number: {})
 
 
 def test_texts_are_compared_at_one_length(store):

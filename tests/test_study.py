@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import os
@@ -39,6 +40,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.geometry import Geometry
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.report.data import read_data
+from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.random_tokens import RandomTokens
 from memvec.lab.study import check as check_module
@@ -76,7 +78,8 @@ WRONG = [
     ('protocol = "exacct"\nlengths = [8]', "exacct", "did you mean 'exact'"),
     ('protocol = "exact"\nlengths = [8]\nsources = ["bok"]', "missing source 'bok'", "'book'"),
     ('protocol = "exact"\nlengths = [8]\nmodels = ["tinny"]', "missing model 'tinny'", "'tiny'"),
-    ('protocol = "exact"\nlengths = [8]\npassages = 0', "zero passages", "at least 1"),
+    ('protocol = "exact"\nlengths = [8]\npassages = -2', "passages must be", "at least 1, not -2"),
+    ('protocol = "exact"\nlenghts = [8]', "unknown key 'lenghts' in runs [1]", "mean 'lengths'"),
     ('protocol = "exact"\nlengths = [0]', "lengths", "at least 1"),
     ('protocol = "exact"\nlengths = [8]\ncontexts = [4]', "contexts", "context"),
     ('protocol = "exact"\nlengths = [8]\nrecipe = { corrections = 2 }', "corrections", "must be 0"),
@@ -127,6 +130,8 @@ def test_a_wrong_spec_is_refused_in_one_sentence(text: str, what: str, hint: str
         ("chunk_words = [3]", "sources [2].chunk_words needs more than 1 value."),
         ('chunk_words = ["a", 3]', "chunk_words [1] must be a whole number, not 'a'."),
         ("chunk_words = [1, 2, 3]", "chunk_words must have at most 2 values, not [1, 2, 3]."),
+        ("seed = true", "sources [2].seed must be a whole number, not True."),
+        ('bos = "no"', "sources [2].bos must be true or false, not 'no'."),
         ("where = 3", 'where must be a table such as { split = "valid" }, not 3.'),
     ],
 )
@@ -142,10 +147,14 @@ def test_a_spec_that_a_run_would_refuse_is_refused_before_it() -> None:
     """A device, a table of another type, a recipe (with its run), a revision, a source."""
     with pytest.raises(MemvecError, match="unknown device 'gpu': use auto, cpu or cuda:0"):
         parse_spec('device = "gpu"\n' + HEAD + RUN, "spec")
+    with pytest.raises(MemvecError, match="fixed_shapes must be true or false, not 'no'"):
+        parse_spec('fixed_shapes = "no"\n' + HEAD + RUN, "spec")
     with pytest.raises(MemvecError, match=r"models \[1\] must be a table, not 'tiny'"):
         parse_spec('name = "x"\nmodels = ["tiny"]\n' + RUN, "spec")
     with pytest.raises(MemvecError, match=r"run 2 \(exact\): a recipe has no 'stepps'"):
         expand(parse_spec(HEAD + RUN + RUN + "recipe = { stepps = 4 }", "spec"))
+    with pytest.raises(MemvecError, match=r"run 1 \(exact\): the recipe's budget does nothing"):
+        expand(parse_spec(HEAD + RUN + "budget = 9\nrecipe = { budget = 5 }", "spec"))
     text = HEAD.replace('name = "tiny"', 'name = "pocket"\nrevision = "main"')
     spec = parse_spec(text + RUN, "spec")
     sentences = problems(spec, expand(spec), None)
@@ -929,6 +938,36 @@ def test_a_full_disk_loses_no_stored_row(two_rows: Path, tmp_path: Path) -> None
                 [(str(i), SourcedPassage(i, Passage((i,) * 999), "x"), None) for i in range(99)],
             )
     assert everything(tmp_path / "out") == everything(two_rows)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_full_disk_leaves_an_earlier_export_as_it_was(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    file = tmp_path / f"rows.{kind}"
+    export_rows(two_rows, file)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        MemvecError, match=r"cannot be written: No space left on device\.$"
+    ):
+        export_rows(two_rows, file)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_named_with_the_report_that_is_not_written(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("memvec.lab.report.report.draw_all", full)
+    with pytest.raises(MemvecError, match=r"report in .*rep cannot be written: No space left"):
+        write_report(two_rows, tmp_path / "rep")
 
 
 def test_a_folder_without_write_permission_is_read(

@@ -40,11 +40,11 @@ def write_report(
     """Write tables/, figures/ and index.html of the study in `folder` under `out`.
 
     `compare` puts published values beside ours. Tables and figures that an earlier report wrote
-    there and this one has not are deleted. Raises MemvecError for a study without rows, and for
-    values that no study writes.
+    there and this one has not are deleted. Raises MemvecError for a study without rows, for values
+    that no study writes, and for a folder that cannot be written.
     """
     out = path_of(out)
-    with Store(folder) as store, _computing_with(store):
+    with Store(folder) as store, _computing_with(store), _writing(out):
         data = read_data(store)
         tables = all_tables(data, compare=compare)
         plots = all_plots(data, compare=compare)
@@ -76,6 +76,18 @@ def _computing_with(store: Store) -> Iterator[None]:
             f"{first_line(error):.200}): 'memvec study check {store.folder}' names rows that were "
             "changed."
         ) from error
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raise MemvecError for a full disk, or a folder that may not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise MemvecError(
+            f"the report in {out} cannot be written: {error.strerror}; make room for it, or name "
+            "another folder with -o."
+        ) from None
 
 
 def delete_others(out: Path, names: list[str]) -> None:

@@ -43,9 +43,10 @@ class Source(BaseModel):
 
     kind: str = Field(description="which source: a name of the table of sources")
     name: str = Field(default="", description="how the study calls it; default: its kind")
-    seed: int = Field(default=0, description="seed of everything that is drawn")
+    seed: int = Field(default=0, strict=True, description="seed of everything that is drawn")
     bos: bool = Field(
         default=False,
+        strict=True,
         description="where the tokenizer adds a BOS, it is the first token of each passage, to be "
         "crammed like the others (as progressive cramming was run)",
     )

@@ -33,7 +33,9 @@ class RandomWords(Source):
     kind: Literal["random-words"] = "random-words"
     words: str | None = Field(default=None, description="word file; default: wordfreq's 100,000")
     drawn_lengths: bool = Field(
-        default=False, description="each length uniform in [2, length], as in the paper"
+        default=False,
+        strict=True,
+        description="each length uniform in [2, length], as in the paper",
     )
 
     def missing(self, base: Path | None) -> str | None:

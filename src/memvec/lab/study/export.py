@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.schema import ADDED, COLUMNS
 from memvec.lab.study.store import Store
-from memvec.writing import path_of
+from memvec.writing import path_of, write_atomically
 
 CELL_COLUMNS = {
     "protocol": "protocol by which capacity was measured",
@@ -65,20 +66,20 @@ def export_rows(folder: str | os.PathLike[str], target: str | os.PathLike[str]) 
     """Write rows as CSV or Parquet by the file's ending; returns how many.
 
     `TARGET.columns.json` beside it says what each column is. Raises MemvecError for another ending,
-    or Parquet without pyarrow.
+    Parquet without pyarrow, or a file that cannot be written; an earlier export is then unchanged.
     """
-    target = path_of(target)
+    target, data = path_of(target), io.BytesIO()
     with Store(folder) as store:
         frame = read_rows(store)
     if target.suffix == ".parquet":
         try:
-            frame.to_parquet(target, index=False)
+            frame.to_parquet(data, index=False)
         except ImportError:
             raise MemvecError(
                 "Parquet needs pyarrow: pip install '.[study]' in the repository."
             ) from None
     elif target.suffix == ".csv":
-        frame.to_csv(target, index=False)
+        frame.to_csv(data, index=False)
     else:
         raise MemvecError(f"{target} must end in .csv or .parquet.")
     sentences = {**CELL_COLUMNS, **SETTING_COLUMNS, **COLUMNS}
@@ -86,5 +87,7 @@ def export_rows(folder: str | os.PathLike[str], target: str | os.PathLike[str]) 
         for key, sentence in protocol_of(str(name)).extras.items():
             sentences["extra"] += f"; '{key}' of protocol '{name}': {sentence}"
     sentences |= STORE_COLUMNS
-    Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")
+    # The rows last: a file of rows always has its columns beside it, and may then be replaced.
+    write_atomically(Path(f"{target}.columns.json"), json.dumps(sentences, indent=2).encode())
+    write_atomically(target, data.getvalue())
     return len(frame)

@@ -35,8 +35,6 @@ from memvec.loading import DTYPES
 from memvec.writing import path_of
 
 StorageName = Literal["float32", "bfloat16", "float16"]
-
-
 Whole = Annotated[int, Field(strict=True)]  # not true, and not 6.0
 
 
@@ -116,6 +114,7 @@ class Spec(Strict):
     storage: StorageName = Field(default="float32", description="dtype of stored vectors")
     fixed_shapes: bool = Field(
         default=True,
+        strict=True,
         description="keep batch shapes fixed, so that a passage's worker and slot change at most "
         "the rounding",
     )
@@ -241,8 +240,8 @@ _KINDS: dict[str, type[BaseModel]] = {"models": ModelSpec, "runs": RunSpec}
 
 
 def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
-    """The first of pydantic's errors, as a sentence."""
-    first = error.errors()[0]
+    """The first of pydantic's errors as a sentence; first an unknown key, maybe one misspelt."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     loc = [part for part in first["loc"] if part not in SOURCES]
     where = place_of(loc)
     if first["type"] == "extra_forbidden":
@@ -307,9 +306,8 @@ def _check(spec: Spec, where: str) -> None:
 
 
 def _check_run(run: RunSpec, place: str) -> None:
-    if run.passages < 1:
-        raise MemvecError(f"{place} has zero passages: passages must be at least 1.")
-    for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
+    counts = (("passages", (run.passages,)), ("lengths", run.lengths), ("vectors", run.vectors))
+    for field, values in counts:
         if min(values) < 1:
             raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
         if max(values) > LONGEST:

@@ -38,6 +38,7 @@ from memvec.lab.study.sql import insert
 from memvec.model.fingerprint import Fingerprint
 from memvec.writing import make_folder, path_of
 
+KEPT = "; what is in it is kept, and the same command goes on."  # where a disk is full
 # Columns of the table `cells` that are fields of a cell.
 OF_CELL = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
 
@@ -202,7 +203,7 @@ class Store:
             values["seal"] = schema.seal(values)
             insert(self.db, "rows", values)
         except (OSError, sqlite3.OperationalError) as error:
-            raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
+            raise MemvecError(f"{self.folder} cannot be written: {error}{KEPT}") from None
 
     def put_path(self, first: str, second: str, number: int, accuracy: list[float]) -> None:
         """Store the accuracies along the straight line between two restarts."""
@@ -289,10 +290,7 @@ class Store:
             with contextlib.suppress(sqlite3.OperationalError):
                 self.db.execute("ROLLBACK")
             if isinstance(error, sqlite3.OperationalError):  # a full disk, above all
-                raise MemvecError(
-                    f"{self.file} cannot be written: {error}; what is in it is kept, and the same "
-                    "command goes on."
-                ) from None
+                raise MemvecError(f"{self.file} cannot be written: {error}{KEPT}") from None
             raise
 
     def _take_lock(self) -> None:
