@@ -23,10 +23,11 @@ from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import _huffman_bits, bytes_table
-from memvec.lab.report.contents import all_plots
+from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import MAX_NAME, Data, read_data
 from memvec.lab.report.figures import draw_all
+from memvec.lab.report.models import models_table
 from memvec.lab.report.page import reproduce
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.recipes import recipes_table
@@ -404,6 +405,25 @@ def test_tables_say_which_models_are_quantized(store):
     assert list(reproduce(data)["models"]) == ["pocket", "model, 8bit"]
 
 
+def test_a_table_says_how_each_model_was_loaded(store, monkeypatch):
+    """'auto' in a spec is another dtype on another device, even within one study."""
+    monkeypatch.setattr(sys.modules[__name__], "HEAD", HEAD.replace('"pocket"', '"/home/me/m"'))
+    described = iter([{"dtype": "bfloat16", "device": "cuda", "weights": "a" * 64}, {}])
+    before = store.describe
+
+    def describe(cell, description):
+        before(cell, {**description, **next(described)})
+
+    monkeypatch.setattr(store, "describe", describe)
+    spec = ONE.replace("lengths = [4]", "lengths = [4, 8]")
+    table = models_table(made(store, spec, lambda cell, number: {}))
+    (row,) = (dict(zip(table.columns, cells, strict=True)) for cells in table.rows)
+    assert (row["model"], row["Hub id or folder"], row["dtype"]) == ("m", "m", "bfloat16, float32")
+    assert (row["embeddings"], row["D"], row["V"]) == ("aaaaaaaaaaaa, w", 8, 64)
+    assert (row["quantized"], row["revision"], row["rows"]) == (None, None, 2)
+    assert table.key in {t.key for t in all_tables(read_data(store), compare=False)}
+
+
 def test_the_last_tokens_of_each_source_have_a_line(store):
     data = frontier(store, ("a/model",), ("random-tokens", "other"))
     (plot,) = protocol_of("usable").figures(data, compare=False)
@@ -414,7 +434,8 @@ def test_the_last_tokens_of_each_source_have_a_line(store):
 
 
 @pytest.mark.parametrize(
-    ("model", "named"), [("meta/llama", "meta/llama"), ("/home/me/model", "model"), (None, "")]
+    ("model", "named"),
+    [("meta/llama", "meta/llama"), ("/home/me/my model", "'my model'"), (None, "")],
 )
 def test_the_page_names_a_model_of_the_hub_in_full_and_a_folder_by_its_last_name(
     model, named, store
@@ -424,6 +445,8 @@ def test_the_page_names_a_model_of_the_hub_in_full_and_a_folder_by_its_last_name
     store.db.execute("INSERT OR REPLACE INTO meta VALUES ('spec', ?)", (spec,))
     first, *_ = reproduce(data)["commands"]
     assert first == "memvec study run made.toml" + f" --model {named}" * bool(named)
+    store.db.execute("INSERT OR REPLACE INTO meta VALUES ('name', 'my study')")
+    assert reproduce(read_data(store))["commands"][1] == "memvec study check 'my study.study'"
 
 
 def test_notes_name_the_cramming_that_is_not_counted(store):

@@ -49,7 +49,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 BOTH = {"vectors", "utilisation", "context", "copy", "upper-bound", "geometry"}
 BOTH |= {"positions", "one-step-speed"}
-TABLES = {"exact", "table1", "one-step", "threshold", "bytes", "cost"} | BOTH
+TABLES = {"exact", "table1", "one-step", "threshold", "bytes", "cost"} | BOTH | {"models"}
 FIGURES = {"lengths", "planes", "survival", "accuracy", "per-token", "boxes"} | BOTH
 
 

@@ -240,9 +240,11 @@ def test_word_files_are_utf_8(tmp_path: Path) -> None:
 
 def test_passages_that_a_source_cannot_give_are_an_error(book: Path) -> None:
     lm = reader()
-    with pytest.raises(MemvecError, match="3 passages were asked of a source with 1 texts"):
+    with pytest.raises(
+        MemvecError, match=r"3 passages were asked of source .*, which has 1 text: "
+    ):
         list(Files(path=str(book / "book.txt")).passages(lm, 3, 4))
-    with pytest.raises(MemvecError, match="tokens for a passage of 100000"):
+    with pytest.raises(MemvecError, match=r"for a passage of 100000: .*, or take longer texts"):
         list(Files(path=str(book / "book.txt")).passages(lm, 1, 100_000))
     with pytest.raises(MemvecError, match="could not be read from the Hub"):
         list(SOURCES["pg19"](name="p").passages(lm, 1, 4))
@@ -278,7 +280,7 @@ def test_the_papers_chunk_sets_are_read_by_their_own_columns(chunk_set: Path, ki
             parts = sentences(f"{SENTENCES}This is chunk {i}. {SENTENCES}")
             expected = lm.tokenize(" ".join(parts[len(parts) // 2 :]))[:12]
             assert list(one.passage.ids) == expected
-        with pytest.raises(MemvecError, match="6 passages were asked of a source with 5 texts"):
+        with pytest.raises(MemvecError, match=r"6 passages were asked of .*, which has 5 texts: "):
             list(source.passages(lm, 6, 12))  # the row without a text does not count
     assert SOURCES[kind](name="x").dataset.startswith("yurakuratov/")
     with pytest.raises(MemvecError, match="has no column 'body'; it has Unnamed: 0, text"):

@@ -474,6 +474,35 @@ def test_a_missing_or_empty_text_is_refused_before_a_run(tmp_path: Path) -> None
     assert "source empty" in problems(spec, expand(spec), tmp_path)[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "column", "sentence"),
+    [
+        (
+            b"text\nOne.\nTwo.\n",
+            "text",
+            "asked of source 'book', which has 2 texts",
+        ),
+        (b"text\nOne.\nTwo.\n", "txt", "has no column 'txt'"),
+        (b"text\n\xff\n", "text", "is not a csv table"),
+    ],
+)
+def test_texts_that_give_too_few_passages_are_refused_before_a_run(
+    tmp_path: Path, content: bytes, column: str, sentence: str
+) -> None:
+    """A run of a night does not end at its last source, whose texts could have been counted."""
+    (tmp_path / "book.csv").write_bytes(content)
+    head = HEAD.replace("book.txt", "book.csv").replace("chunk_words = [40, 80]", "")
+    text = head.replace('column = "text"', "") + f'column = "{column}"\n' + RUN
+    spec = parse_spec(text + 'sources = ["book"]\npassages = 3\n', "spec")
+    (found,) = problems(spec, expand(spec), tmp_path)
+    assert sentence in found
+    with pytest.raises(MemvecError, match=re.escape(sentence)):
+        run_study(spec, tmp_path / "s", maker, base=tmp_path)
+    assert not (tmp_path / "s").exists()
+    unused = parse_spec(text + 'sources = ["random-tokens"]\n', "spec")
+    assert problems(unused, expand(unused), tmp_path) == []
+
+
 def test_a_model_beside_the_spec_is_not_taken_for_one_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -952,9 +981,7 @@ def test_a_full_disk_leaves_an_earlier_export_as_it_was(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        MemvecError, match=r"cannot be written: No space left on device\.$"
-    ):
+    with pytest.raises(MemvecError, match=r"cannot be written: No space left on device\.$"):
         export_rows(two_rows, file)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -12,6 +12,7 @@ from memvec.lab.report.byte_account import bytes_table
 from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import Data
 from memvec.lab.report.lengths import lengths
+from memvec.lab.report.models import models_table
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.positions import positions_figure, positions_table
 from memvec.lab.report.recipes import recipes_table
@@ -26,7 +27,7 @@ def all_tables(data: Data, *, compare: bool) -> list[Table]:
     tables = _of_protocols(data, "tables", Table, compare=compare)
     tables += [texts_table(data), recipes_table(data), seeds_table(data)]
     tables += [utilisation_table(data), positions_table(data)]
-    tables += [bytes_table(data, compare=compare), cost_table(data)]
+    tables += [bytes_table(data, compare=compare), models_table(data), cost_table(data)]
     return [table for table in tables if table.rows]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -148,16 +149,18 @@ def reproduce(data: Data) -> dict[str, Any]:
     spec = json.loads(stored_spec) if stored_spec else {"toml": "", "model": None}
     # A folder of this machine is named by its last part.
     given = spec["model"] or ""
-    model = f" --model {short(given) if Path(given).is_absolute() else given}" if given else ""
+    named = shlex.quote(short(given) if Path(given).is_absolute() else given)
+    model = f" --model {named}" if given else ""
+    file, folder = (shlex.quote(f"{data.name}.{kind}") for kind in ("toml", "study"))
     models = {
         name: {k: v for k, v in d.items() if k not in ("probe", "name")}
         for name, d in data.models.items()
     }
     return {
         "commands": [
-            f"memvec study run {data.name}.toml{model}",
-            f"memvec study check {data.name}.study",
-            f"memvec study report {data.name}.study",
+            f"memvec study run {file}{model}",
+            f"memvec study check {folder}",
+            f"memvec study report {folder}",
         ],
         "spec": spec["toml"],
         "models": models,

@@ -60,6 +60,13 @@ class Source(BaseModel):
         """A sentence about a missing file or library, or None; loads no model."""
         return None
 
+    def too_few(self, count: int, base: Path | None) -> str | None:
+        """A sentence if `count` passages are more than there are, or None; may read texts.
+
+        A run asks before it crams anything. None also means that only a model can tell.
+        """
+        return None
+
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None
     ) -> Iterator[SourcedPassage]:

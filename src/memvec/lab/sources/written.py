@@ -99,11 +99,8 @@ class WrittenTexts(Source):
         Raises MemvecError if there are too few texts or one is too short.
         """
         texts = self.texts(base)
-        if self.chunk_words is None and count > len(texts):
-            raise MemvecError(
-                f"{count} passages were asked of a source with {len(texts)} texts: lower passages, "
-                "or draw chunks with chunk_words."
-            )
+        if problem := self._too_few(count, texts):
+            raise MemvecError(problem)
         taken: set[tuple[str, int]] = set()
         for number in range(count):
             if self.chunk_words is None:
@@ -113,12 +110,31 @@ class WrittenTexts(Source):
             before, passage_text = split_by_rule(text, self.rule, self.splitter)
             ids = _leading_ids(lm, passage_text, length)
             if len(ids) < length:
+                more = "raise chunk_words" if self.chunk_words else "take longer texts"
                 raise MemvecError(
-                    f"{name} has {len(ids)} tokens for a passage of {length}: lower lengths, or "
-                    "raise chunk_words."
+                    f"source '{self.name}': {name} has {len(ids)} tokens for a passage of "
+                    f"{length}: lower lengths, or {more}."
                 )
             passage = Passage(tuple(ids[:length]), number)
             yield SourcedPassage(number, passage, name, _ids_before(lm, before))
+
+    def too_few(self, count: int, base: Path | None) -> str | None:
+        if self.path in (None, "-") or self.chunk_words is not None:
+            return None  # a data set of the Hub, or text that can be read once
+        try:
+            return self._too_few(count, self.texts(base))
+        except MemvecError as error:
+            return str(error)
+
+    def _too_few(self, count: int, texts: Sequence[NamedText]) -> str | None:
+        """A sentence if each text gives one passage and there are fewer texts than `count`."""
+        if self.chunk_words is not None or count <= len(texts):
+            return None
+        return (
+            f"{count} passages were asked of source '{self.name}', which has "
+            f"{len(texts)} text{'' if len(texts) == 1 else 's'}: lower passages, or draw chunks "
+            "with chunk_words."
+        )
 
     def _chunk(
         self,

@@ -63,7 +63,14 @@ def problems(
 ) -> list[str]:
     """Sentences about what prevents a run; loads no model. Raises as `facts_of_name`."""
     base = None if base is None else path_of(base)
-    sentences = [s for source in spec.sources if (s := source.missing(base))]
+    asked: dict[str, int] = {}
+    for p in planned:
+        asked[p.cell.source] = max(p.passages, asked.get(p.cell.source, 0))
+    sentences = []
+    for source in spec.sources:
+        count = asked.get(source.name)
+        found = source.missing(base) or (count and source.too_few(count, base))
+        sentences += [found] if found else []
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
     sentences += dict.fromkeys(s for s in missing if s)
     for model, revision in dict.fromkeys((p.cell.model, p.cell.revision) for p in planned):
