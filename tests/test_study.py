@@ -396,7 +396,8 @@ def test_further_passages_that_a_protocol_crams_are_priced(tmp_path: Path) -> No
 def test_duplicate_cells_and_impossible_lengths_are_named() -> None:
     with pytest.raises(MemvecError, match=r"repeats a cell.*in the spec twice"):
         expand(parse_spec(HEAD + RUN + RUN, "spec"))
-    text = HEAD.replace('"tiny"', '"EleutherAI/pythia-160m"')
+    model = '"EleutherAI/pythia-160m"'
+    text = HEAD.replace('"tiny"', model) + f'[[models]]\nname = {model}\nrevision = "step512"\n'
     spec = parse_spec(text + RUN.replace("[8]", "[4096]"), "spec")
     (sentence,) = (s for s in problems(spec, expand(spec), None) if "impossible" in s)
     assert re.match(r"impossible length: 4096 tokens.*2048", sentence)

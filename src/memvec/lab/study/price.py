@@ -72,7 +72,7 @@ def problems(
         found = source.missing(base) or (count and source.too_few(count, base))
         sentences += [found] if found else []
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
-    sentences += dict.fromkeys(s for s in missing if s)
+    sentences += [s for s in missing if s]
     for model, revision in dict.fromkeys((p.cell.model, p.cell.revision) for p in planned):
         facts = facts_of_name(model)
         try:
@@ -90,8 +90,8 @@ def problems(
         except MemvecError as error:
             sentences.append(str(error))
         cells_of_model = [p for p in planned if p.cell.model == model]
-        sentences += dict.fromkeys(s for p in cells_of_model if (s := too_long(p.cell, facts)))
-    return sentences
+        sentences += [s for p in cells_of_model if (s := too_long(p.cell, facts))]
+    return list(dict.fromkeys(sentences))  # cells and revisions of a model have the same
 
 
 def hours(facts: Facts, tokens: float, flops: float) -> float:
