@@ -140,17 +140,22 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
 
 
 @pytest.mark.slow
-def test_each_length_and_number_of_vectors_has_rows_of_its_own(checkpoints, tmp_path):
-    text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
+@pytest.mark.parametrize("way", ["", 'dtype = "bfloat16"'])
+def test_each_length_number_of_vectors_and_way_of_loading_has_rows_of_its_own(
+    way, checkpoints, tmp_path
+):
+    name = f'name = "{checkpoints}/tiny-1-*"\n'
+    others = f"[[models]]\n{name}{way}\n" if way else ""
+    text = SPEC.replace('name = "FOLDER/*-step-*"\n', name + others)
     text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")
     out = tmp_path / "out"
-    run_study(
-        parse_spec(text, "test"), out, lambda model: LocalPool(load_lm(model.name)), toml=text
-    )
+    load = lambda model: LocalPool(load_lm(model.name, dtype=model.dtype))  # noqa: E731
+    run_study(parse_spec(text, "test"), out, load, toml=text)
     with Store(out) as store:
         data = read_data(store)
         table, _ = protocol_of("checkpoints").tables(data, compare=False)
-    assert len(table.rows) == 2 * 4  # two stages of each of four
+    assert len(table.rows) == 2 * 4 * (1 + bool(way))  # two stages of each
+    assert all(("bfloat16" in str(row[0])) == (i >= 8) for i, row in enumerate(table.rows))
     held = [row[6] for row in table.rows]
     cells = data.rows.groupby("cell")["horizon"].mean()
     assert sorted(held) == pytest.approx(sorted(cells))

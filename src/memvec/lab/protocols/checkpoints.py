@@ -153,16 +153,20 @@ def training_of(lm: FrozenLM) -> dict[str, Any]:
 def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
     """One table for each shape of model and stage of its training, with a row for each seed.
 
-    Rows of another source, recipe, length or K make stages of their own: their family has these in
-    its name. Columns: family, width, layers, tokens, valid (nats per token), horizon (tokens), bits
-    (of the horizon under the model without vectors), bits_per_dimension, n (different passages).
+    Rows of another source, recipe, length or K, or of models that are loaded in another way, make
+    stages of their own: their family has these in its name. Columns: family, width, layers, tokens,
+    valid (nats per token), horizon (tokens), bits (of the horizon under the model without vectors),
+    bits_per_dimension, n (different passages).
     `attrs["stages"]` is the number of stages of that shape.
     """
     rows = data.restarts(protocol)
     for name in Checkpoints.extras:
         rows = rows.assign(**{f"_{name}": extra_of(rows, protocol, name)})
     rows = rows.assign(_bits=[_bits_alone(data, row) for row in rows.to_dict("records")])
-    conditions = ["series", "length", "vectors"]
+    # The spec's dtype is no condition where it is the same for all.
+    dtype = rows["dtype"] if rows["dtype"].nunique() > 1 else ""
+    rows = rows.assign(dtype=dtype, quantize=rows["quantize"].fillna(""))
+    conditions = ["series", "length", "vectors", "dtype", "quantize"]
     several = len(rows[conditions].drop_duplicates()) > 1
     seeds = []
     shape = ["_family", "_width", "_layers", *conditions]
@@ -171,7 +175,8 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
         known = {name: first[f"_{name}"] for name in ("family", "width", "layers", "tokens")}
         if several:
             where = f"{first['series']}, {first['length']} tokens, K {first['vectors']}"
-            known["family"] = f"{known['family']} ({where})"
+            loaded = [word for word in (first["dtype"], first["quantize"]) if word]
+            known["family"] = f"{known['family']} ({', '.join([where, *loaded])})"
         known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
         known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
         seeds.append(known | {"n": int(part["number"].nunique())})
