@@ -11,6 +11,7 @@ from torch import nn
 
 import memvec
 from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
+from memvec import decoding
 from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.errors import SlowPathWarning
@@ -145,3 +146,52 @@ def test_a_cache_that_mixes_the_rows_of_a_batch_is_not_used(kind):
     assert not lm.has_cache
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(0))
     assert decode_ids(lm, vectors, [6, 5, 4]) == decode_ids(tiny(), vectors, [6, 5, 4])
+
+
+@pytest.mark.parametrize("start", ["vectors", "bos", "first-token"])
+def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start, monkeypatch):
+    """Without the cache, each pass reads all inputs again, and no pass gets a cache."""
+    lm = tiny()
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    predicted = 6 - (start == "first-token")
+    cached, read = [], []
+    forward = decoding.forward_with_cache
+    monkeypatch.setattr(
+        decoding, "forward_with_cache", lambda *a, **k: cached.append(1) or forward(*a, **k)
+    )
+    handle = lm.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(
+            next(given[k].shape[1] for k in ("inputs_embeds", "input_ids") if k in given)
+        ),
+        with_kwargs=True,
+    )
+    options = {"start": start, "first": [3, 4, 5]}
+    try:
+        found = decode_ids(lm, vectors, [6, 5, 4], **options)
+        assert len(cached) == predicted
+        assert read[1:] == [1] * (predicted - 1)
+        first = read.pop(0)
+        read.clear()
+        assert decode_ids(lm, vectors, [6, 5, 4], cached=False, **options) == found
+    finally:
+        handle.remove()
+    assert len(cached) == predicted
+    assert read == [first + i for i in range(predicted)]
+
+
+@pytest.mark.parametrize("start", ["vectors", "first-token"])
+@pytest.mark.parametrize(
+    "corrections", [None, [[(2, 7)], [], [(1, 5), (3, 0)], [(0, 9)], [(2, 1)]]]
+)
+def test_passages_are_decoded_alike_in_batches_of_any_size(start, listed):
+    """Lengths, given tokens and corrections are those of each passage, not of its batch."""
+    lm = tiny()
+    vectors = torch.randn(5, 2, lm.width, generator=torch.Generator().manual_seed(2))
+    lengths = [6, 5, 4, 3, 7]
+    options = {"start": start, "corrections": listed, "first": [3, 4, 5, 9, 10]}
+    alone = decode_ids(lm, vectors, lengths, batch=1, **options)
+    assert list(map(len, alone)) == lengths
+    if start == "first-token":
+        assert [ids[0] for ids in alone] == [3, 4, 5, 9, 10]
+    for batch in (2, 3, 32):
+        assert decode_ids(lm, vectors, lengths, batch=batch, **options) == alone

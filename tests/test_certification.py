@@ -11,7 +11,7 @@ import torch
 
 import memvec
 from conftest import reader
-from memvec import MemVectors, NotExactError
+from memvec import MemVectors, NotExactError, certificate
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.storage import STORAGES
@@ -67,6 +67,23 @@ def test_certify_measures_unchanged_vectors_as_cramming_did(crammed, storage, tm
         file = known.save(tmp_path / "known.mem")
         assert memvec.decode(lm, MemVectors.load(file)) == TEXTS
         assert memvec.certify(lm, again).passages == known.passages, "the texts can be left out"
+
+
+def test_measures_do_not_depend_on_the_number_of_passages_that_are_measured_at_once(
+    crammed, monkeypatch
+):
+    """Nor does the number of the passage that an error names."""
+    lm, mem = crammed
+    assert len(mem.passages) > 2
+    every = memvec.measure(lm, mem, TEXTS)
+    monkeypatch.setattr(certificate, "BATCH", 2)
+    for ours, theirs in zip(memvec.measure(lm, mem, TEXTS), every, strict=True):
+        for name, value in theirs.model_dump().items():
+            same = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert getattr(ours, name) == same, name
+    last = len(mem.passages) - 1
+    with pytest.raises(MemvecError, match=f"^passage {last} of these vectors is not in the texts"):
+        memvec.measure(lm, mem, [TEXTS[0], "a dog sat"])
 
 
 def test_a_certificate_of_use_is_lost_with_new_vectors_and_when_certified_again(crammed):

@@ -18,6 +18,7 @@ from memvec.lab.report.published import published
 from memvec.model import memory
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
+from memvec.results import PositionScores
 
 B, T, V = 3, 8, 13
 XZ_9E = {  # the filter of `xz -9e`
@@ -93,6 +94,15 @@ def test_gains(seed):
     assert metrics.token_gain(right, right_without) == tokens
     share = sum(slow_margin(a, i) > 0 for a, _, i in pairs) / T
     assert metrics.teacher_forced_accuracy(right) == pytest.approx(share)
+
+
+def test_sums_over_positions_are_exact_and_99_of_100_is_a_share_of_0_99():
+    """Sums in float32 would lose a bit, and such a share would be above the paper's threshold."""
+    few, many = torch.zeros(2), torch.tensor([2.0**24, 1.0])
+    assert metrics.information_gain(few, many) == 2**24 + 1
+    scores = PositionScores(many, few, many, few).measures(2, 0)
+    assert scores.lm_bits == scores.mem_bits == 2**24 + 1
+    assert metrics.teacher_forced_accuracy(torch.arange(100) > 0) == 0.99
 
 
 @pytest.mark.parametrize(("D", "K", "b", "size"), [(2048, 1, 16, 128256), (512, 4, 32, 4096)])

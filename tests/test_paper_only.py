@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from conftest import reader
 from memvec.lab.protocols.lookup import protocol_of
@@ -25,12 +24,7 @@ from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
-from memvec.statistics import (
-    clustered_mean,
-    paired_difference,
-    rank_correlation,
-    separate_difference,
-)
+from memvec.statistics import clustered_mean
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -340,26 +334,6 @@ def test_scaling_has_no_values_where_no_length_passed(tmp_path: Path) -> None:
     assert "lengths" not in plots or all(
         s.name.endswith("published") for s in plots["lengths"].panels[0].series
     )
-
-
-def test_differences_are_those_of_scipy() -> None:
-    draw = np.random.default_rng(3)
-    a, b = draw.normal(1, 2, 9), draw.normal(0, 1, 14)
-    ours = separate_difference(a.tolist(), b.tolist())
-    theirs = stats.ttest_ind(a, b, equal_var=False)
-    edges = theirs.confidence_interval()
-    assert ours == pytest.approx((a.mean() - b.mean(), edges.low, edges.high, theirs.pvalue))
-    ours = paired_difference(a.tolist(), b[:9].tolist())
-    theirs = stats.ttest_rel(a, b[:9])
-    edges = theirs.confidence_interval()
-    assert ours == pytest.approx(((a - b[:9]).mean(), edges.low, edges.high, theirs.pvalue))
-    assert math.isnan(paired_difference([1.0, 1.0], [0.0, 0.0]).p)
-    assert paired_difference([1.0, 1.0], [0.0, 0.0]).p_value() == "p –"
-    assert math.isnan(separate_difference([1.0], [1.0, 2.0]).low)
-    assert separate_difference([0.0, 1.0, 2.0], [90.0, 91.0, 92.0]).p_value() == "p < 0.001"
-    ties = ([1.0, 2.0, 2.0, 4.0, 7.0], [3.0, 1.0, 1.0, 5.0, 4.0])
-    assert rank_correlation(*ties) == pytest.approx(stats.spearmanr(*ties).statistic)
-    assert math.isnan(rank_correlation([1.0, 1.0], [1.0, 2.0]))
 
 
 def test_the_published_rule_has_no_interval_for_its_maximum(tmp_path: Path) -> None:

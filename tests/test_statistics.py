@@ -11,12 +11,16 @@ import torch
 from scipy import stats
 
 from memvec.statistics import (
+    Difference,
     bootstrap_mean,
     clustered_mean,
     mean_interval,
     median_and_spread,
+    paired_difference,
+    rank_correlation,
     ratio_of_means,
     ratio_of_separate_means,
+    separate_difference,
     share_interval,
 )
 
@@ -126,3 +130,31 @@ def test_a_mean_over_one_text_has_no_interval():
     found = clustered_mean([1.0, 2.0], ["a", "a"])
     assert (found.mean, found.n) == (1.5, 1)
     assert math.isnan(found.low)
+
+
+def test_differences_are_those_of_scipy() -> None:
+    draw = np.random.default_rng(3)
+    a, b = draw.normal(1, 2, 9), draw.normal(0, 1, 14)
+    ours = separate_difference(a.tolist(), b.tolist())
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    edges = theirs.confidence_interval()
+    assert ours == pytest.approx((a.mean() - b.mean(), edges.low, edges.high, theirs.pvalue))
+    ours = paired_difference(a.tolist(), b[:9].tolist())
+    theirs = stats.ttest_rel(a, b[:9])
+    edges = theirs.confidence_interval()
+    assert ours == pytest.approx(((a - b[:9]).mean(), edges.low, edges.high, theirs.pvalue))
+    assert math.isnan(paired_difference([1.0, 1.0], [0.0, 0.0]).p)
+    assert paired_difference([1.0, 1.0], [0.0, 0.0]).p_value() == "p –"
+    assert math.isnan(separate_difference([1.0], [1.0, 2.0]).low)
+    assert separate_difference([0.0, 1.0, 2.0], [90.0, 91.0, 92.0]).p_value() == "p < 0.001"
+    ties = ([1.0, 2.0, 2.0, 4.0, 7.0], [3.0, 1.0, 1.0, 5.0, 4.0])
+    assert rank_correlation(*ties) == pytest.approx(stats.spearmanr(*ties).statistic)
+    assert math.isnan(rank_correlation([1.0, 1.0], [1.0, 2.0]))
+
+
+def test_figures_are_written_with_their_interval_and_their_n():
+    assert str(mean_interval([1.0, 2.0, 3.0])) == "2.0 ± 2.5 (n 3)"
+    assert [str(mean_interval(values)) for values in ([], [4.0])] == ["–", "4.0 (n 1)"]
+    assert str(share_interval(3, 4)) == "75 % [30, 95]"
+    for p, written in ((0.03, "p = 0.030"), (0.0014, "p = 0.001"), (0.0009, "p < 0.001")):
+        assert Difference(1.0, 0.0, 2.0, p).p_value() == written

@@ -83,9 +83,8 @@ class Interval(NamedTuple):
 
 def mean_interval(values: Sequence[float | int]) -> Mean:
     """The mean of values with its 95 % interval; NaN where n is too small to give one."""
-    data = [v for v in values if v is not None]
-    n = len(data)
-    mean, error = mean_and_error(data)
+    n = len(values)
+    mean, error = mean_and_error(values)
     if n < 2:
         return Mean(mean, math.nan, math.nan, math.nan, n)
     half = float(stdtrit(n - 1, LEVEL)) * error
