@@ -105,6 +105,16 @@ def test_sums_over_positions_are_exact_and_99_of_100_is_a_share_of_0_99():
     assert metrics.teacher_forced_accuracy(torch.arange(100) > 0) == 0.99
 
 
+def test_a_margin_of_0_is_no_hit_and_corrected_positions_have_no_smallest_margin():
+    """A tie in which the true token is not the first one has the margin 0 (`first_of_ties`)."""
+    bits, margin = torch.ones(3), torch.tensor([0.0, -2.0, 1.0])
+    scores = PositionScores(bits, margin, bits, margin - 1.5)
+    assert scores.token_gain() == 1
+    found = scores.measures(3, 0, corrected=[1])
+    assert (found.accuracy, found.token_gain, found.margin) == (pytest.approx(1 / 3), 1, 0.0)
+    assert scores.measures(3, 0).margin == -2.0
+
+
 @pytest.mark.parametrize(("D", "K", "b", "size"), [(2048, 1, 16, 128256), (512, 4, 32, 4096)])
 def test_theoretical_capacity_is_the_number_of_tokens_that_fit(D, K, b, size):
     capacity = 0.0  # count the tokens that fit, one by one

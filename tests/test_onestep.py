@@ -240,6 +240,7 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     again = MemVectors.load(file)
     assert torch.equal(again.vectors, mem.vectors)
     assert again.header.layout == "one-step-shared"
+    assert again.header.certificate["cache"] == "none: one forward pass gives all tokens"
     assert codec.decode(lm, again) == texts
     did = again.header.recipe  # options that a shared m does not use are off
     assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)

@@ -180,6 +180,15 @@ def test_a_changed_scale_is_refused_or_does_not_decode(mem, tmp_path):
     assert MemVectors.load(forged(mem, tmp_path / "c.mem", scaled(1))).tokens(reader())
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_scale_of_minus_0_is_refused(kind):
+    """It gives the same numbers as 0, so two files of the same vectors would differ."""
+    tensors = STORAGES[kind].pack(torch.zeros(1, 2, 4))
+    assert not STORAGES[kind].unpack(tensors).any()
+    with pytest.raises(ValueError, match="does not make"):
+        STORAGES[kind].unpack(tensors | {"scales": -tensors["scales"]})
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

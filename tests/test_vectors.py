@@ -199,6 +199,8 @@ def test_the_short_name_finds_the_file(mem, tmp_path):
         existing_path(tmp_path / "other.mem")
     with pytest.raises(MemvecError, match="is a directory"):
         existing_path(tmp_path)
+    whole = mem.save(tmp_path / "letter.mem")  # a file of exactly this name comes first
+    assert existing_path(tmp_path / "letter.mem") == whole
 
 
 # ---------------------------------------------------------------------- written whole or not
@@ -370,6 +372,7 @@ def test_a_passage_that_is_longer_than_the_context_is_not_decoded(mem, rule, fro
     ("change", "sentence"),
     [
         (lambda v: v[:-1], "it is damaged"),
+        (lambda v: torch.cat([v, v[:1]]), "it is damaged"),
         (lambda v: v[0], "it is damaged"),
         (lambda v: v.flatten(), "it is damaged"),
         (lambda v: v.double(), "which memvec does not write"),
