@@ -382,6 +382,8 @@ def test_models_with_the_same_last_name_have_a_panel_and_an_entry_each(store):
 def test_a_models_name_is_as_short_as_tells_it_from_the_others():
     alike = distinct_names(["/x/a/m", "/y/a/m", "m", "other/n"])
     assert list(alike.values()) == ["x/a/m", "y/a/m", "m", "n"]
+    inside = ["m", "a/m", "x/a/m"]  # the ends of each other
+    assert list(distinct_names(inside).values()) == inside
     keys = [
         ModelKey("a/m", None, "auto", None),
         ModelKey("a/m", None, "auto", "8bit"),
@@ -535,6 +537,28 @@ def test_a_passage_that_took_all_steps_of_the_recipe_counts_as_cut(store):
     data = made(store, run % 9 + run % 10, lambda cell, number: {"steps": 9})
     found = lines(data, "threshold", "threshold")
     assert {line["text"].split()[-1]: line["cut"] for line in found} == {"9": "100 %", "10": "0 %"}
+
+
+def test_a_passage_at_several_lengths_is_one_in_the_interval_of_the_threshold(store):
+    row = {"accuracy": 0.5, "mem_bits": 10.0}
+    data = made(store, spec_of("paper", [8, 16], 3), lambda cell, number: dict(row))
+    (line,) = (line for line in lines(data, "threshold", "threshold") if line["text"] == "all")
+    assert (line["n"], line["passages"]) == (6, 3)
+
+
+def test_the_width_of_vectors_in_a_space_is_that_of_the_stored_ones(store, monkeypatch):
+    """Vectors of made rows have 8 numbers; inputs of the model would have 32."""
+    monkeypatch.setitem(MODEL, "width", 32)
+    run, space = "vectors = [1, 3]\n", 'recipe = { space = "prefix", start_rule = "bos" }'
+    data = made(
+        store,
+        spec_of("exact", [4, 6], 1, run) + spec_of("exact", [4, 6], 1, run + space),
+        lambda cell, number: {},
+    )
+    widths = {
+        name: set(rows.apply(data.width, axis=1)) for name, rows in data.rows.groupby("series")
+    }
+    assert sorted(map(tuple, widths.values())) == [(8,), (32,)]
 
 
 def test_the_reach_of_a_memory_is_that_of_half_of_the_documents(store):

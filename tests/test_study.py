@@ -44,6 +44,7 @@ from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.random_tokens import RandomTokens
 from memvec.lab.study import check as check_module
+from memvec.lab.study import stored_model
 from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
@@ -391,6 +392,22 @@ def test_further_passages_that_a_protocol_crams_are_priced(tmp_path: Path) -> No
         if cost is None:
             cost = 2 * 9 * planned.cell.recipe["steps"]
         assert max_tokens(planned) == cost, block
+
+
+def test_a_model_is_loaded_again_as_the_study_loaded_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is in a folder now has no revision."""
+    lm, loaded = tiny(), []
+    monkeypatch.setattr(
+        stored_model, "load_lm", lambda name, **how: loaded.append((name, how)) or lm
+    )
+    described = lm.description() | {"revision": "step1", "dtype": "bfloat16", "quantize": "8bit"}
+    options = {"device": "cpu", "load": {"offload": True}}
+    assert stored_model.model_of(described, "a/m", **options) is lm
+    stored_model.model_of(described, "a/m", model="folder", **options)
+    how = {"device": "cpu", "dtype": "bfloat16", "quantize": "8bit", "offload": True}
+    assert loaded == [("a/m", how | {"revision": "step1"}), ("folder", how | {"revision": None})]
+    with pytest.raises(MemvecError, match="has other weights than the study's a/m"):
+        stored_model.model_of(described | {"weights": "0" * 64}, "a/m")
 
 
 def test_duplicate_cells_and_impossible_lengths_are_named() -> None:
