@@ -44,6 +44,7 @@ from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.random_tokens import RandomTokens
 from memvec.lab.study import check as check_module
+from memvec.lab.study import run as run_module
 from memvec.lab.study import stored_model
 from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
@@ -408,6 +409,25 @@ def test_a_model_is_loaded_again_as_the_study_loaded_it(monkeypatch: pytest.Monk
     assert loaded == [("a/m", how | {"revision": "step1"}), ("folder", how | {"revision": None})]
     with pytest.raises(MemvecError, match="has other weights than the study's a/m"):
         stored_model.model_of(described | {"weights": "0" * 64}, "a/m")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "bfloat16"), ("quantize", "8bit"), ("revision", "step1")]
+)
+def test_a_model_that_was_loaded_otherwise_than_its_spec_says_is_refused(
+    field: str, value: str
+) -> None:
+    """A spec without `quantize` says that no weights are; its dtype may be any."""
+    loaded: dict[str, Any] = {"dtype": "float32", "quantize": None, "revision": None}
+    plain, other = ModelSpec(name="m"), ModelSpec(name="m", **{field: value})
+    said = f'the spec has {field} = "{value}" for m, .* has {loaded[field]}: pass {field} to'
+    with pytest.raises(MemvecError, match=said):
+        run_module._check_model(other, loaded)
+    run_module._check_model(other, loaded | {field: value})
+    run_module._check_model(plain, loaded)
+    if field == "quantize":
+        with pytest.raises(MemvecError, match="the spec has no quantize for m, .* has 8bit: "):
+            run_module._check_model(plain, loaded | {field: value})
 
 
 def test_duplicate_cells_and_impossible_lengths_are_named() -> None:

@@ -94,15 +94,17 @@ def _check_model(model: ModelSpec, description: dict[str, Any]) -> None:
     """Raise MemvecError for a pool's model that was not loaded as the spec says."""
     if model.dtype not in ("auto", description.get("dtype")):
         name = "dtype"
-    elif model.quantize not in (None, description.get("quantize")):
+    elif model.quantize != description.get("quantize"):
         name = "quantize"
     elif model.revision is not None and description.get("revision") is None:
         name = "revision"  # which a description may have as its commit
     else:
         return
+    value = getattr(model, name)
+    said = f"no {name}" if value is None else f'{name} = "{value}"'
     raise MemvecError(
-        f'the spec has {name} = "{getattr(model, name)}" for {model.name}, and the model that '
-        f"was loaded has {description.get(name)}: pass {name} to load_lm."
+        f"the spec has {said} for {model.name}, and the model that was loaded has "
+        f"{description.get(name)}: pass {name} to load_lm as the spec has it."
     )
 
 
