@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
+from memvec.lab.protocols import plane as plane_module
 from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.one_step import one_step_result
 from memvec.lab.protocols.paper import paper_result
-from memvec.lab.protocols.plane import compare, fit, fit_capacity
+from memvec.lab.protocols.plane import bits_left, compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
 from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
 from memvec.lab.report.published import bits, published, table1
@@ -75,6 +76,26 @@ def test_a_difference_between_two_capacities_has_an_interval_and_a_p_value() -> 
     assert other.p_value == "p ≤ 0.010"  # the smallest that 200 resamples can give
     assert same.p_value.startswith("p = ")
     assert "natural text holds more" in other.verdict
+
+
+@pytest.mark.parametrize("below", [1, 3, 6, 97])
+def test_p_is_twice_the_share_of_resamples_beyond_no_difference(
+    below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = np.arange(100.0) - below + 0.5
+    monkeypatch.setattr(plane_module, "_bootstrap", lambda _, seed, __: gaps * (seed == 1))
+    found = compare(plane(100, 20, 0), plane(100, 20, 1), draws=100)
+    assert found.p == pytest.approx(2 * min(below, 100 - below) / 100)
+    assert (found.low <= 0 <= found.high) == (found.p > 0.05)
+
+
+@pytest.mark.parametrize("above", [2, 3])
+def test_three_passages_beyond_the_threshold_reach_the_capacity(above: int) -> None:
+    """A passage of which 99 % of the tokens are right is not beyond it."""
+    rows = plane(100, 20, 0).sort_values("lm_bits")
+    rows["accuracy"] = [*[0.99] * (20 - above), *[0.989] * above]
+    assert fit(rows, draws=20).reached == (above == 3)
+    assert (bits_left(rows) > 0).sum() == above
 
 
 def test_a_passage_at_several_lengths_is_resampled_as_one() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import tiny
 from memvec import registry
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
@@ -38,7 +39,7 @@ from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
-from memvec.lab.study.check import _sampled
+from memvec.lab.study.check import _check_pairs, _sampled
 from memvec.lab.study.model_names import distinct_names, model_names
 from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import ModelKey, parse_spec
@@ -559,6 +560,24 @@ def test_the_width_of_vectors_in_a_space_is_that_of_the_stored_ones(store, monke
         name: set(rows.apply(data.width, axis=1)) for name, rows in data.rows.groupby("series")
     }
     assert sorted(map(tuple, widths.values())) == [(8,), (32,)]
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_every_pair_of_restarts_is_measured_again_or_as_many_as_asked(limit, store, monkeypatch):
+    """Pairs of another model are not those of this one."""
+    other = '[[models]]\nname = "a/model"\n'
+    made(store, other + spec_of("geometry", [4], 3, "seeds = [0, 1]"), lambda cell, number: {})
+    cells = store.db.execute("SELECT cell FROM cells ORDER BY model, seed").fetchall()
+    for (first,), (second,) in (cells[:2], cells[2:]):
+        for number in range(3):
+            store.put_path(first, second, number, [1.0, 1.0])
+    again = lambda *_: ([1.0, 0.0], [0.1, 0.1])  # noqa: E731
+    monkeypatch.setattr(type(protocol_of("geometry")), "recompute_between", again)
+    of, worst = ModelKey("pocket", None, "auto", None), {}
+    wrong = _check_pairs(tiny(), store, of, limit, worst)
+    assert len(wrong) == (limit or 3)
+    assert worst == {"paths": 1.0}
+    assert all(f"passage {i}:" in sentence for i, sentence in enumerate(wrong))
 
 
 def test_the_reach_of_a_memory_is_that_of_half_of_the_documents(store):

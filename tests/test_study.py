@@ -426,7 +426,7 @@ def test_a_model_that_was_loaded_otherwise_than_its_spec_says_is_refused(
     run_module._check_model(other, loaded | {field: value})
     run_module._check_model(plain, loaded)
     if field == "quantize":
-        with pytest.raises(MemvecError, match="the spec has no quantize for m, .* has 8bit: "):
+        with pytest.raises(MemvecError, match=r"the spec has no quantize for m, .* has 8bit: "):
             run_module._check_model(plain, loaded | {field: value})
 
 
