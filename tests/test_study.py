@@ -7,6 +7,7 @@ import copy
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
 from memvec.lab.protocols.geometry import Geometry
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from memvec.lab.protocols.protocol import Compared
 from memvec.lab.report.data import read_data
 from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
@@ -882,6 +884,33 @@ def test_the_check_accepts_the_horizons_that_ties_allow_and_no_others(
     row = columns | {"horizon": horizon, "exact": int(horizon == 6)}
     wrong = check_module._compare(row, slow, "bfloat16", {})
     assert (wrong == []) == (1 <= horizon <= 3)
+
+
+@pytest.mark.parametrize(
+    ("stored", "again", "allowed", "right"),
+    [
+        ([1.0], [1.0], [0.0], True),
+        ([1.0], [1.5], [0.5], True),
+        ([1.0], [], [], False),
+        ([], [1.0], [0.0], False),
+        ([1.0, 2.0], [1.0], [0.0, 0.0], False),
+        ([1.0, 2.0], [1.0, 2.0], [0.0], False),
+        ([1.0, math.nan], [1.0, 2.0], [9.0, 9.0], False),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_a_protocol_measured_agrees_if_each_value_does(
+    monkeypatch: pytest.MonkeyPatch,
+    stored: list[float],
+    again: list[float],
+    allowed: list[float],
+    right: bool,
+) -> None:
+    """No value may be missing, or have no limit."""
+    compared = [Compared("copy", stored, again, allowed)]
+    monkeypatch.setattr(type(protocol_of("copy")), "recompute", lambda *_: compared)
+    extra, slow = '{"after_copy": [1.0, 2]}', SimpleNamespace(passage=None)
+    assert (check_module._extra("copy", extra, slow, {}) == []) == right
 
 
 def test_the_check_notices_falsified_tensors_texts_lines_and_cells(
