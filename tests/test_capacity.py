@@ -17,6 +17,7 @@ from memvec.lab.protocols.one_step import one_step_result
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.plane import bits_left, compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
+from memvec.lab.protocols.threshold import _removed
 from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
 from memvec.lab.report.published import bits, published, table1
 from memvec.metrics import margins, surprisal
@@ -198,14 +199,27 @@ def test_the_mean_horizon_is_of_the_longest_length_with_its_censored_share() -> 
             "horizon": [8, 10, 16, 13],
             "horizon_gain": [1.0, 2.0, 3.0, 4.0],
             "horizon_token_gain": [1, 2, 3, 4],
-            "exact": [True, False, True, False],
+            "exact": [1.0, 0.0, 1.0, 0.5],  # one of two restarts of the last passage is exact
             "spent": [1, 2, 3, 4],
         }
     )
     found = exact_result(rows)
     assert (found.horizon.mean, found.horizon.n) == (13, 3)
-    assert found.censored[0] == pytest.approx(1 / 3)
+    assert found.censored[0] == pytest.approx(2 / 3)
     assert found.censored[1] > 0
+
+
+def test_the_share_of_removed_bits_is_that_of_the_sums_for_the_fewest_vectors() -> None:
+    rows = pd.DataFrame(
+        {
+            "vectors": [1, 1, 1, 2],
+            "length": [4, 4, 8, 8],
+            "lm_bits": [10.0, 20.0, 40.0, 40.0],
+            "mem_bits": [0.0, 15.0, 10.0, 0.0],
+        }
+    ).assign(model="m", series="s")
+    said = "remove 50 to 50 % of the bits at the shortest length of a text and 75 to 75 % at"
+    assert said in _removed(rows)
 
 
 def test_scaling_is_relative_to_the_smallest_number_of_vectors() -> None:

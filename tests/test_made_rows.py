@@ -28,6 +28,7 @@ from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import MAX_NAME, Data, read_data
 from memvec.lab.report.figures import draw_all
+from memvec.lab.report.lengths import lengths
 from memvec.lab.report.models import models_table
 from memvec.lab.report.page import reproduce
 from memvec.lab.report.plot import Panel, Plot, Series
@@ -562,6 +563,18 @@ def test_the_width_of_vectors_in_a_space_is_that_of_the_stored_ones(store, monke
     assert sorted(map(tuple, widths.values())) == [(8,), (32,)]
 
 
+def test_mapped_vectors_are_exact_at_once_if_all_tokens_are_right(store):
+    more = 'options = { origin = "pocket" }'
+
+    def row_of(cell, number):
+        extra = {"mapped": [], "at_once": [0, 3, 4][number], "steps_mapped": 3, "exact_mapped": 1}
+        return {"extra": extra | {"cosine": 0.5, "explained": 0.25, "pairs": 9}}
+
+    (line,) = lines(made(store, spec_of("transfer", [4], 3, more), row_of), "transfer", "transfer")
+    assert line["exact at once"].startswith("33 % [")
+    assert (line["steps"], line["steps from the map"], line["ratio"]) == (9, 3, 1 / 3)
+
+
 @pytest.mark.parametrize("limit", [0, 2])
 def test_every_pair_of_restarts_is_measured_again_or_as_many_as_asked(limit, store, monkeypatch):
     """Pairs of another model are not those of this one."""
@@ -768,6 +781,7 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
         sys.modules[__name__], "HEAD", f'{head}[[sources]]\nkind = "random-words"\n'
     )
     run = '[[runs]]\nprotocol = "{}"\nlengths = [64]\npassages = 2\nsources = ["{}"]\n'
+    run += "vectors = [1, 2]\n"
     spec = "".join(
         run.format(name, text) for name in ("copy", "context") for text in ("pg19", "random-words")
     )
@@ -777,15 +791,18 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
     theirs = {(row[1], row[4]): row[-1] for row in table.rows}
     assert theirs["pg19", "64 tokens"] == pytest.approx(206.5 / math.log(2))
     assert theirs["pg19", "1 vector"] == pytest.approx(15.4 / math.log(2))
+    assert theirs["pg19", "2 vectors"] is None
     assert {theirs[key] for key in theirs if key[0] == "random-words"} == {None}
-    ((panel,),) = (plot.panels for plot in protocol_of("copy").figures(data, compare=True))
+    ((panel, two),) = (plot.panels for plot in protocol_of("copy").figures(data, compare=True))
+    assert not [line.name for line in two.series if "published" in line.name]
     series = {line.name: line for line in panel.series}
     vector, copy = series["vector, published"], series["copy in context, published"]
     assert vector.x == copy.x
     bits = [n / math.log(2) for n in (126.1, 115.1, 109.0)]
     assert [vector.x[0], vector.y[0], copy.y[0]] == pytest.approx(bits)
-    ((panel,),) = (plot.panels for plot in protocol_of("copy").figures(data, compare=False))
-    assert not [line.name for line in panel.series if "published" in line.name]
+    (plot,) = protocol_of("copy").figures(data, compare=False)
+    names = [line.name for panel in plot.panels for line in panel.series]
+    assert not [name for name in names if "published" in name]
 
 
 @pytest.mark.parametrize("loaded", ["", 'quantize = "8bit"'])
@@ -799,10 +816,11 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
             'lengths = [4]\nvectors = [2]\narrangement = "pairs"',
         ),
         ("threshold", "EleutherAI/pythia-160m", "lengths = [4]"),
-        ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4]"),
+        ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4, 8]"),
         ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
         ("vectors", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
         ("context", "EleutherAI/pythia-410m", "lengths = [64]\ncontexts = [64]"),
+        ("exact", "meta-llama/Llama-3.2-1B", "lengths = [4]"),
     ],
 )
 def test_published_values_are_found_by_the_models_full_name(
@@ -817,24 +835,33 @@ def test_published_values_are_found_by_the_models_full_name(
     extra = {"after_context": {"64": [20.0, 3]}, "decode_seconds": None}
     reporting = "vectors" if "vectors = [1, 2]" in fields else protocol
     run = f'[[runs]]\nprotocol = "{protocol}"\n{fields}\npassages = 2\n'
-    data = made(store, run, lambda cell, number: {"extra": extra, "accuracy": 0.9})
+    passed = "[4, 8]" in fields  # the shorter length
+    accuracy = {4: 1.0 if passed else 0.9, 8: 0.9, 64: 0.9}
+    data = made(
+        store, run, lambda cell, number: {"extra": extra, "accuracy": accuracy[cell.length]}
+    )
     of_paper = [
         value
         for table in protocol_of(reporting).tables(data, compare=True)
         for row in table.rows
         for column, value in zip(table.columns, row, strict=True)
-        if column.startswith("paper") and value is not None
+        if column.startswith(("paper", "published")) and value is not None
     ]
-    in_figures = [
-        series.name
-        for plot in protocol_of(reporting).figures(data, compare=True)
+    plots = [*protocol_of(reporting).figures(data, compare=True)]
+    if reporting == "paper":
+        plots += [utilisation_figure(data, compare=True), lengths(data, compare=True)]
+    in_figures = {
+        plot.key
+        for plot in plots
         for panel in plot.panels
         for series in panel.series
         if series.name.endswith("published")
-    ]
+    }
     assert bool(of_paper or in_figures) == (not loaded)
     if protocol == "paper":
-        assert bool(of_paper) == bool(in_figures) == (not loaded)
+        assert bool(of_paper) == (not loaded)
+    if reporting == "paper":
+        assert in_figures == (set() if loaded else {"accuracy", "utilisation", "lengths"})
 
 
 def test_the_table_of_the_documented_protocol_has_a_mean_over_passages(store, monkeypatch):
