@@ -98,14 +98,15 @@ def test_a_full_disk_says_that_the_rows_before_are_kept(store, monkeypatch):
         made(store, ONE, lambda cell, number: {})
 
 
-def test_texts_are_compared_at_one_length(store):
+@pytest.mark.parametrize("at_8", [(8, 7), (7, 6)])
+def test_texts_are_compared_at_the_longest_length_that_fills_both(at_8, store):
     """At length 16 both recipes are equal; at 8, which does not count, one of them is better."""
     run = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 6\nrecipe = { steps = %d }\n'
 
     def row_of(cell, number):
         if cell.length == 16:
             return {"horizon": 12 + number % 2}
-        return {"horizon": 8 if cell.recipe["steps"] == 100 else 7}
+        return {"horizon": at_8[cell.recipe["steps"] != 100]}
 
     found = comparisons(made(store, run % 50 + run % 100, row_of))
     assert len(found) == 2
