@@ -180,9 +180,7 @@ def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start, m
 
 
 @pytest.mark.parametrize("start", ["vectors", "first-token"])
-@pytest.mark.parametrize(
-    "corrections", [None, [[(2, 7)], [], [(1, 5), (3, 0)], [(0, 9)], [(2, 1)]]]
-)
+@pytest.mark.parametrize("listed", [None, [[(2, 7)], [], [(1, 5), (3, 0)], [(0, 9)], [(2, 1)]]])
 def test_passages_are_decoded_alike_in_batches_of_any_size(start, listed):
     """Lengths, given tokens and corrections are those of each passage, not of its batch."""
     lm = tiny()
