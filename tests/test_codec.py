@@ -262,7 +262,9 @@ def test_a_passage_that_fails_the_last_decode_without_steps_left_is_halved(
     if resumed:
         monkeypatch.setattr(cram_job, "certificate_of", honest)
         record.close()
-        mem = codec.cram(lm, [TEXT], journal=journal(tmp_path / "j"), **options)
+        record = journal(tmp_path / "j")
+        mem = codec.cram(lm, [TEXT], journal=record, **options)
+    record.close()
     assert max(p.tokens for p in mem.passages) == 2
     assert {p.status for p in mem.passages} == {"budget"}
     assert sum(p.tokens for p in mem.passages) == len(lm.tokenize(TEXT))
@@ -604,7 +606,8 @@ def test_a_changed_row_of_a_journal_is_refused(tmp_path, change):
         rows.execute(f"UPDATE finished_passages SET {change}")
     rows.close()
     with pytest.raises(MemvecError, match=r"is damaged \(a row was changed\): delete it"):
-        journal(path).get(passage)
+        (changed := journal(path)).get(passage)
+    changed.close()
 
 
 def test_vectors_that_were_changed_are_not_saved(tmp_path):

@@ -38,6 +38,9 @@ class Journal:
         self._settings = hashlib.sha256(described.encode()).hexdigest()
         try:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise MemvecError(f"{path} cannot be written: {error}.") from None
+        try:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -48,7 +51,12 @@ class Journal:
             )
             self._db.execute("BEGIN EXCLUSIVE")  # this process keeps the lock until `close`
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            if not isinstance(error, sqlite3.OperationalError):
+                raise MemvecError(
+                    f"{path} is damaged ({error}): delete it and start again."
+                ) from None
             if "locked" in str(error):
                 file = path.name.removesuffix(".partial")  # the command's journal is FILE.partial
                 raise MemvecError(
@@ -56,8 +64,6 @@ class Journal:
                     "write to."
                 ) from None
             raise MemvecError(f"{path} cannot be written: {error}.") from None
-        except sqlite3.DatabaseError as error:
-            raise MemvecError(f"{path} is damaged ({error}): delete it and start again.") from None
 
     def __len__(self) -> int:
         query = "SELECT count(*) FROM finished_passages WHERE settings = ?"

@@ -151,7 +151,8 @@ def inverses(
     """
     ratio = floor / (1 + floor)
     span = float(ellipkm1(ratio))
-    _, cosine, delta, _ = ellipj((torch.arange(N) + 0.5).numpy() * span / N, 1 - ratio)
+    middles = (torch.arange(N).double() + 0.5).numpy()  # SciPy may compute float32 in float32
+    _, cosine, delta, _ = ellipj(middles * span / N, 1 - ratio)
     shares = 2 * span * math.sqrt(floor) / (math.pi * N) * delta / cosine**2
     shifts = floor / cosine**2
     return torch.tensor(shifts).float().to(device), torch.tensor(shares).float().to(device)
