@@ -429,6 +429,41 @@ def test_a_table_says_how_each_model_was_loaded(store, monkeypatch):
     assert table.key in {t.key for t in all_tables(read_data(store), compare=False)}
 
 
+@pytest.mark.parametrize("same_width", [False, True])
+def test_a_model_that_is_loaded_in_two_ways_counts_once_in_a_correlation(
+    same_width, store, monkeypatch
+):
+    """A model in two dtypes is no second model, and equal widths have no correlation."""
+    names = [f"a/m{i}" for i in range(4)]
+    more = "".join(f'[[models]]\nname = "{name}"\n' for name in names)
+    twice = "".join(f'[[models]]\nname = "a/m0"\ndtype = "{d}"\n' for d in ("bfloat16", "float32"))
+    head = HEAD.replace('[[models]]\nname = "pocket"\n', more + twice)
+    monkeypatch.setattr(sys.modules[__name__], "HEAD", head)
+    before = store.describe
+    rank: dict[str, int] = {}  # number of the model of each cell
+
+    def describe(cell, description):
+        (text,) = store.db.execute("SELECT model FROM cells WHERE cell=?", (cell,)).fetchone()
+        rank[cell] = names.index(text)
+        before(cell, {**description, "width": 8 + (not same_width) * 8 * rank[cell]})
+
+    monkeypatch.setattr(store, "describe", describe)
+    run = '[[runs]]\nprotocol = "threshold"\nlengths = [8, 16, 32]\npassages = 4\n'
+
+    def row_of(cell, number):
+        C = 10.0 * (1 + rank[cell.key])
+        bits = 5.0 * cell.length
+        return {"horizon": 0, "mem_bits": max(0.0, bits - C), "information_gain": min(bits, C)}
+
+    data = made(store, run, row_of)
+    (plot,) = (p for p in all_plots(data, compare=False) if p.key == "predictors")
+    assert len(plot.panels[0].series) == 6
+    assert "nan" not in plot.caption
+    sentence = " Rank correlation of C with D +1.00 (n 4 models)."
+    assert plot.caption.endswith(sentence) is not same_width
+    assert ("Rank" in plot.caption) is not same_width
+
+
 def test_the_last_tokens_of_each_source_have_a_line(store):
     data = frontier(store, ("a/model",), ("random-tokens", "other"))
     (plot,) = protocol_of("usable").figures(data, compare=False)

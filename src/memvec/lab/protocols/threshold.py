@@ -7,6 +7,7 @@ All lengths and sources of one model and K share one plane, with the rows of the
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -230,14 +231,18 @@ def _published_per_token(model: str) -> list[Series]:
 
 
 def predictors(data: Data, fitted: list[Plane]) -> Plot:
-    """C against the width of the vectors, and against the bits of a token; one point a model."""
-    points = []
+    """C against the width of the vectors, and against the bits of a token.
+
+    One point for each model, way to load it and recipe; correlations take the first of each model.
+    """
+    points, first = [], dict[str, tuple[tuple[float, float], float]]()
     for plane in fitted:
         facts = data.models.get(plane.model)
         if plane.K == 1 and plane.all is not None and plane.all.reached and facts is not None:
             per = float((plane.rows["lm_bits"] / plane.rows["predicted"]).mean())
             name = plane.model + (f", {plane.recipe}" if plane.recipe else "")
             points.append((name, (float(facts["width"]), per), plane.all))
+            first.setdefault(data.keys[plane.model].name, (points[-1][1], plane.all.capacity))
     panels = []
     for i, label in enumerate(("width D", "bits per token without vectors")):
         if len(points) > 1:
@@ -247,11 +252,16 @@ def predictors(data: Data, fitted: list[Plane]) -> Plot:
             ]
             panels.append(Panel("", label, "C, bits", series))
     caption = "C of one vector, with its 95 % interval, for each model whose threshold was reached."
-    if len(points) > MIN_RANKED:
-        C = [f.capacity for _, _, f in points]
-        ranks = [rank_correlation([at[i] for _, at, _ in points], C) for i in range(2)]
-        caption += (
-            f" Rank correlation of C with D {ranks[0]:+.2f}, with the bits of a token "
-            f"{ranks[1]:+.2f} (n {len(points)})."
-        )
+    caption += _correlations(list(first.values()))
     return Plot("predictors", "Capacity against properties of the models", caption, panels)
+
+
+def _correlations(points: list[tuple[tuple[float, float], float]]) -> str:
+    """A sentence on the rank correlations of C with both properties; '' for too few models."""
+    if len(points) <= MIN_RANKED:
+        return ""
+    C = [capacity for _, capacity in points]
+    ranks = [rank_correlation([at[i] for at, _ in points], C) for i in range(2)]
+    both = zip(("D", "the bits of a token"), ranks, strict=True)
+    known = [f"with {what} {rank:+.2f}" for what, rank in both if not math.isnan(rank)]
+    return f" Rank correlation of C {', '.join(known)} (n {len(C)} models)." if known else ""
