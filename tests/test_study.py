@@ -31,7 +31,7 @@ from transformers import Olmo2Config
 from conftest import passages, reader, tiny
 from memvec.cli.progress import study_progress
 from memvec.cli.study import _pool_maker, ls, validate
-from memvec.cli.study_results import check, export, vectors
+from memvec.cli.study_results import check, export, report, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import position_scores
 from memvec.cramming.engine import Engine
@@ -1034,6 +1034,19 @@ def test_a_full_disk_loses_no_stored_row(two_rows: Path, tmp_path: Path) -> None
                 [(str(i), SourcedPassage(i, Passage((i,) * 999), "x"), None) for i in range(99)],
             )
     assert everything(tmp_path / "out") == everything(two_rows)
+
+
+def test_a_report_of_an_unfinished_study_says_so(
+    two_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(two_rows, tmp_path / "out")
+    report(folder, figures=False)
+    assert "Only" not in capsys.readouterr().err
+    with Store(folder, write=True) as store:
+        store.db.execute("UPDATE cells SET planned = planned + 3")
+        done, planned = store.counts()
+    report(folder, figures=False)
+    assert f"Only {done} of {planned} passages are crammed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

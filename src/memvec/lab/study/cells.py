@@ -100,7 +100,7 @@ def expand(spec: Spec, base: str | os.PathLike[str] | None = None) -> list[Plann
                     raise MemvecError(
                         f"run {number} repeats a cell: {run.protocol}, {model.name}, "
                         f"{cell.source}, length {cell.length}, K {cell.vectors}, seed {cell.seed} "
-                        "is in the spec twice."
+                        "is in the spec twice: remove one."
                     )
                 planned[cell.key] = Planned(cell, run.passages, spec.batch_size)
     if not planned:
