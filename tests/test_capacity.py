@@ -19,7 +19,7 @@ from memvec.lab.protocols.plane import bits_left, compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
 from memvec.lab.protocols.threshold import _removed
 from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
-from memvec.lab.report.published import bits, published, table1
+from memvec.lab.report.published import bits, progressive, published, table1
 from memvec.metrics import margins, surprisal
 from memvec.statistics import mean_interval, share_interval
 
@@ -258,6 +258,35 @@ def test_cosines_and_components() -> None:
     covariance = np.linalg.eigvalsh(np.cov(vectors.T))[::-1]
     assert share == pytest.approx(covariance / covariance.sum())
     assert where.shape == (4, 3)
+
+
+def test_published_values_of_several_vectors_are_those_of_the_same_number() -> None:
+    """Gains are published of fewer numbers than lengths are, and of PG-19 only."""
+    for model, entry in published()["vectors"]["values"].items():
+        gains = [*entry["token_gain"], *[None] * len(entry["K"])]
+        for K, longest, gain in list(zip(entry["K"], entry["longest"], gains, strict=False))[1:]:
+            found = table1(model, "pg19", K)
+            assert found is not None
+            assert found["longest"] == longest
+            assert found["token_gain"] == (None if gain is None else (gain, None))
+            assert table1(model, "fanfics", K) is None
+        assert table1(model, "pg19", 3) is None
+
+
+@pytest.mark.parametrize("coordinates", ["direct", "low-dim"])
+@pytest.mark.parametrize("term", ["none", "alignment"])
+def test_the_published_horizon_is_that_of_the_recipes_method_if_there_is_one(
+    term: str, coordinates: str
+) -> None:
+    recipe = {"term": term, "coordinates": coordinates}
+    own = " ".join(name for name in (term, coordinates) if name in ("alignment", "low-dim"))
+    for model, arm in (
+        ("meta-llama/Llama-3.1-8B", own or "progressive"),
+        ("meta-llama/Llama-3.2-1B", "progressive"),
+    ):
+        values = published()["progressive"]["values"][model]
+        assert progressive(model, recipe) == {"arm": arm, **values[arm]}
+    assert progressive("pocket", recipe) is None
 
 
 def test_published_bits_are_converted_nats() -> None:

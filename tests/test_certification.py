@@ -86,6 +86,14 @@ def test_measures_do_not_depend_on_the_number_of_passages_that_are_measured_at_o
         memvec.measure(lm, mem, [TEXTS[0], "a dog sat"])
 
 
+def test_a_certificate_names_the_dtype_in_which_was_decoded(crammed):
+    lm, mem = crammed
+    other = FrozenLM(deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, name=lm.name)
+    certificate, _ = memvec.verify(other, mem, force=True)
+    assert (mem.header.model["dtype"], certificate["decoded_in"]) == ("float32", "bfloat16")
+    assert memvec.verify(lm, mem)[0]["decoded_in"] == "float32"
+
+
 def test_a_certificate_of_use_is_lost_with_new_vectors_and_when_certified_again(crammed):
     """A certificate of decoding that is only attached keeps the certificate of use."""
     lm, mem = crammed
