@@ -486,6 +486,57 @@ def test_gguf_rows_in_the_order_of_neighbours_give_the_same_rotary_embedding():
     assert np.allclose(turned.swapaxes(1, 2), halves)
 
 
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("olmo2", True)])
+def test_a_gguf_file_has_every_weight_once_and_rows_of_keys_by_their_own_heads(
+    family, tied, tmp_path, monkeypatch
+):
+    """Two heads of keys for four of queries. llama.cpp takes the embeddings for a missing head, but
+    not for OLMo 2."""
+    build(family, num_key_value_heads=2, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    written = {}
+
+    class Writer:
+        """What gguf.GGUFWriter is told: the tensors are kept."""
+
+        def __init__(self, *_):
+            pass
+
+        def add_tensor(self, name, array, raw_dtype):
+            assert name not in written
+            written[name] = array, raw_dtype
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    names = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    known = SimpleNamespace(get_name=lambda key, **_: names.get(key, key))
+    gguf = SimpleNamespace(
+        GGUFWriter=Writer,
+        MODEL_ARCH=SimpleNamespace(LLAMA="llama", OLMO2="olmo2"),
+        MODEL_ARCH_NAMES={"llama": "llama", "olmo2": "olmo2"},
+        get_tensor_name_map=lambda *_: known,
+        GGMLQuantizationType={"F32": "F32", "F16": "F16"},
+        quants=SimpleNamespace(quantize=lambda array, kind: array),
+    )
+    monkeypatch.setitem(sys.modules, "gguf", gguf)
+    module = gguf_of()
+    module.write(tmp_path, tmp_path / "model.gguf", "float16")
+    read = dict(module.weights(tmp_path))
+    has_head = not tied or family == "olmo2"
+    assert written.keys() - {"output.weight"} == {names.get(k, k) for k in read} - {"output.weight"}
+    assert ("output.weight" in written) == has_head
+    if has_head:
+        head = read["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        assert np.array_equal(written["output.weight"][0], head)
+    for part, heads in (("q_proj", 4), ("k_proj", 2), ("v_proj", 0)):
+        key = f"model.layers.1.self_attn.{part}.weight"
+        moved = heads and family == "llama"
+        expected = module.neighbours(read[key], heads) if moved else read[key]
+        assert np.array_equal(written[key][0], expected)
+    assert {kind for array, kind in written.values() if array.ndim > 1} == {"F16"}
+    assert {kind for array, kind in written.values() if array.ndim == 1} == {"F32"}
+
+
 # ---------------------------------------------------------------------- the command
 
 
