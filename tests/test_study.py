@@ -271,7 +271,7 @@ def test_a_model_is_in_a_spec_once_for_each_way_to_load_it_and_sources_need_name
         ways = dict.fromkeys((model.dtype, model.quantize) for model in spec.models)
         replaced = parse_spec(with_twin(more), "spec", model="pocket").models
         assert [(m.name, (m.dtype, m.quantize)) for m in replaced] == [("pocket", w) for w in ways]
-    for more in ("", 'dtype = "auto"'):
+    for more in ("", 'dtype = "auto"', 'revision = "main"'):  # 'main' is the Hub's default
         with pytest.raises(MemvecError, match=r"'tiny' is there twice: .*dtype, quantize\)\.$"):
             parse_spec(with_twin(more), "spec")
     sources = '[[sources]]\nkind = "sampled"\n' * 2

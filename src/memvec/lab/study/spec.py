@@ -284,7 +284,7 @@ def _check(spec: Spec, where: str) -> None:
             raise MemvecError(f"{where}: unknown dtype '{model.dtype}' of {model.name}: {hint}")
     models = [m.name for m in spec.models]
     sources = [s.name for s in spec.sources]
-    keys = [m.key for m in spec.models]
+    keys = [m.key._replace(revision=m.revision or "main") for m in spec.models]
     if alike := [key.name for key in keys if keys.count(key) > 1]:
         raise MemvecError(
             f"{where}: the model '{alike[0]}' is there twice: remove one, or load it in another "
