@@ -15,8 +15,8 @@ import torch
 
 from memvec.arms.geometric import GeometricState
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Outcome, position_scores
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome, position_scores
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import ScheduleState
 from memvec.cramming.starts import start_of

@@ -41,8 +41,8 @@ from common import arguments, report
 from memvec import metrics
 from memvec.cli.program import run_program
 from memvec.corrections import size
-from memvec.cramming.certify import Outcome, position_scores
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome, position_scores
 from memvec.cramming.recipe import Recipe
 from memvec.lab.compressors import byte_account
 from memvec.loading import load_lm

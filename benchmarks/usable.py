@@ -47,8 +47,8 @@ import torch
 from common import arguments, report, save_figure, with_ends
 from memvec.cli.common import recipe_of
 from memvec.cli.program import run_program
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, view_for
 from memvec.decoding import BATCH

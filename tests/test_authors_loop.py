@@ -163,7 +163,7 @@ def test_the_paper_preset_stops_although_a_passage_does_not_decode(monkeypatch):
     def wrong(lm, vectors, lengths, **_):
         return [[-1] * n for n in lengths]
 
-    monkeypatch.setattr("memvec.cramming.certify.decode_ids", wrong)
+    monkeypatch.setattr("memvec.cramming.outcomes.decode_ids", wrong)
     for changes, retried in (({}, False), ({"if_not_exact": "raise-margin"}, True)):
         recipe = Recipe.of("paper", start_rule="vectors", lr=0.1, steps=80, **changes)
         for outcome in Engine(lm, recipe, vectors=2, batch_size=2).run(asked):

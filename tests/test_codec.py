@@ -30,8 +30,8 @@ from memvec.cli.display import failures
 from memvec.cli.expected import sentence
 from memvec.codec import cram, decode
 from memvec.cram_job import CramJob, CramStatus
-from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
+from memvec.cramming import outcomes as outcomes_module
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
@@ -816,7 +816,7 @@ def test_documents_may_be_made_beforehand():
 
 
 def test_certifying_no_outcome_gives_no_outcome():
-    assert list(certify_module.certify(tiny(), [], "vectors", storage_of("float32"))) == []
+    assert list(outcomes_module.outcomes_of(tiny(), [], "vectors", storage_of("float32"))) == []
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from memvec.companions.encoder_files import (
     save_encoder,
     shape_of,
 )
-from memvec.cramming.certify import Finished, Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Finished, Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.encoders import measure
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining

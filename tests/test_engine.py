@@ -13,12 +13,12 @@ import torch
 from conftest import QUICK, V, passages, reader, tiny
 from memvec import metrics
 from memvec.companions.encoder import OnePassEncoder
-from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
+from memvec.cramming import outcomes as outcomes_module
 from memvec.cramming import step as step_module
 from memvec.cramming.batch import Job, Progress
-from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Finished, Outcome, outcomes_of
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed, resolve_start_rule, start_vectors
 from memvec.decoding import decode_ids, first_error
@@ -503,7 +503,7 @@ def test_a_passage_that_does_not_decode_is_crammed_on_with_a_larger_margin(
             return decoded_wrong
         return decoded
 
-    monkeypatch.setattr(certify_module, "decode_ids", wrong_at_first)
+    monkeypatch.setattr(outcomes_module, "decode_ids", wrong_at_first)
     recipe = replace(QUICK, margin=margin, unit=unit)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
     assert decoded_wrong
@@ -515,7 +515,7 @@ def test_a_passage_that_does_not_decode_is_crammed_on_with_a_larger_margin(
 
 def test_a_passage_that_never_decodes_comes_to_an_end(monkeypatch):
     lm, (passage,) = tiny(), passages(2, seed=15)
-    monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
+    monkeypatch.setattr(outcomes_module, "decode_ids", lambda *_, **__: [[0, 0]])
     (outcome,) = Engine(lm, Recipe(steps=60), vectors=2).run([passage])
     assert not outcome.exact
     assert outcome.metrics.horizon == 0
@@ -526,7 +526,7 @@ def test_a_passage_that_never_decodes_comes_to_an_end(monkeypatch):
 def test_a_passage_that_has_spent_its_budget_is_not_crammed_on(monkeypatch, more):
     """Decoding fails at the step that spends the whole budget, or all of it but one token."""
     lm, (passage,) = tiny(), passages(2, seed=15)
-    monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
+    monkeypatch.setattr(outcomes_module, "decode_ids", lambda *_, **__: [[0, 0]])
     (once,) = Engine(lm, replace(QUICK, if_not_exact="stop"), vectors=2).run([passage])
     assert (once.status, once.exact) == ("done", False)
     recipe = replace(QUICK, steps=60, budget=once.spent + more)
@@ -733,7 +733,7 @@ def test_vectors_that_are_not_finite_are_never_exact(rule, number):
         Finished(passage, v, "budget", 0.0, steps=1, spent=1, seconds=0.0)
         for v in (zeros[0], failed)
     ]
-    sound, spoilt = certify(lm, finished, rule, storage_of("float32"))
+    sound, spoilt = outcomes_of(lm, finished, rule, storage_of("float32"))
     assert (sound.exact, spoilt.exact) == (True, False)
     assert bool(torch.isfinite(spoilt.vectors).all())
 

@@ -25,8 +25,8 @@ from conftest import (
     tiny,
 )
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError

@@ -12,7 +12,7 @@ import zstandard
 
 from conftest import passages, tiny
 from memvec import metrics
-from memvec.cramming.certify import position_scores
+from memvec.cramming.outcomes import position_scores
 from memvec.lab.compressors import byte_account
 from memvec.lab.report.published import published
 from memvec.model import memory

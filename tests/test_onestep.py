@@ -20,8 +20,8 @@ from memvec.arms import shared_m
 from memvec.arms.shared_job import SharedCramJob
 from memvec.arms.shared_m import Shared
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError

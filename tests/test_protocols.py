@@ -17,8 +17,8 @@ import torch
 from conftest import QUICK, passages, reader, tiny
 from memvec import registry
 from memvec.cli.study_results import check
-from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Finished, Outcome, outcomes_of
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
@@ -414,7 +414,7 @@ def test_a_passages_own_bos_does_not_change_its_bits_without_vectors(name, start
         crammed = Finished(
             Passage(ids), torch.ones(1, lm.width), "budget", 0.1, steps=0, spent=0, seconds=0.0
         )
-        (outcome,) = certify(lm, [crammed], rule, storage)
+        (outcome,) = outcomes_of(lm, [crammed], rule, storage)
         sourced = SourcedPassage(0, crammed.passage, "of a test", before)
         extra = protocol.extra(lm, sourced, outcome, rule, options)
         again = _slowly(lm, outcome, rule, before=before, options=options)

@@ -24,7 +24,6 @@ BESIDE = (
     "export",
     "engines",
     "hub",
-    "certification",
     "workers",
     "progress_board",
     "graphs",

@@ -33,8 +33,8 @@ from memvec.cli.progress import study_progress
 from memvec.cli.study import _pool_maker, ls, validate
 from memvec.cli.study_results import check, export, report, vectors
 from memvec.cli.study_tables import print_prices
-from memvec.cramming.certify import position_scores
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import position_scores
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError

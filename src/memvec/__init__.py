@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # `name as name` marks a re-export for type checkers
+    from memvec.certificate import certify as certify
     from memvec.certificate import measure as measure
     from memvec.certificate import verify as verify
-    from memvec.certification import certify as certify
     from memvec.codec import cram as cram
     from memvec.codec import decode as decode
     from memvec.cramming.engine import Engine as Engine
@@ -36,8 +36,7 @@ if TYPE_CHECKING:  # `name as name` marks a re-export for type checkers
     from memvec.vectors import MemVectors as MemVectors
 
 _NAMES = {  # module -> the public names that it defines
-    "memvec.certificate": ("measure", "verify"),
-    "memvec.certification": ("certify",),
+    "memvec.certificate": ("certify", "measure", "verify"),
     "memvec.codec": ("cram", "decode"),
     "memvec.cramming.engine": ("Engine",),
     "memvec.cramming.recipe": ("Recipe",),

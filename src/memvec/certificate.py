@@ -1,4 +1,4 @@
-"""The certificate: the result of decoding a whole file freely from its stored vectors."""
+"""Certificates, from decoding a whole file freely, and stored vectors that are measured again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memvec.cramming.certify import Finished, certify
+from memvec.cramming.outcomes import Finished, outcomes_of
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_type
 from memvec.machine import environment, plain_torch
@@ -92,8 +92,41 @@ def measure(
             for p, v, r in zip(passages, mem.vectors[at : at + BATCH], records, strict=True)
         ]
         listed = [tuple((i, token) for i, token in r.corrections) for r in records]
-        for outcome in certify(view, finished, mem.header.start_rule, mem.storage, listed):
+        for outcome in outcomes_of(view, finished, mem.header.start_rule, mem.storage, listed):
             results.append(outcome.result)
     if next(tokens, None) is not None:
         raise MemvecError("the texts go on after the last passage of these vectors.")
     return results
+
+
+@plain_torch()
+def certify(
+    lm: FrozenLM,
+    mem: MemVectors,
+    texts: str | bytes | Document | Iterable[str | bytes | Document] | None = None,
+    *,
+    force: bool = False,
+) -> MemVectors:
+    """Measure and certify vectors again with this model; returns them with a new certificate.
+
+    For vectors from `MemVectors.with_vectors`, such as rounded, averaged or noisy ones, or vectors
+    that were trained elsewhere. `texts` are all texts that were crammed, in order; leave them out
+    if the vectors still give them back. `force` accepts vectors of another model of the same width,
+    such as the model before its fine-tuning. The costs of cramming are kept. A certificate of use
+    is removed; `memvec.certify_use` measures a new one. Raises MemvecError as `memvec.measure` does
+    and, without `texts`, NotExactError if a text is not exact.
+    """
+    check_type("mem", mem, MemVectors, "MemVectors.load")
+    if texts is None:
+        decoded = mem.tokens(lm, force=force)
+        texts = mem.restored(lm, decoded)
+    else:
+        decoded = mem.decode_passages(lm, force=force)
+    results = measure(lm, mem, texts, force=force)
+    passages = [
+        record.model_copy(update=result.model_dump())
+        for record, result in zip(mem.passages, results, strict=True)
+    ]
+    update = {"passages": passages, "model": lm.description(), "use": None}
+    measured = MemVectors(mem.vectors, mem.header.model_copy(update=update), mem.soft)
+    return measured.with_certificate(*certificate_of(lm, measured, decoded))

@@ -10,8 +10,8 @@ from typing import Any
 from memvec.assembly import assembled, passage_record
 from memvec.certificate import certificate_of
 from memvec.cramming.batch import Progress
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.header import DocumentRecord

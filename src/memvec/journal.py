@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.errors import MemvecError
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Measures, PassageResult

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from memvec.arms.shared_m import Shared, for_shared_m
 from memvec.cram_job import CramJob
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.passages.passage import Passage
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from memvec import registry
 from memvec.cramming.batch import Job, Progress
-from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
 from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam, OptimizerState
+from memvec.cramming.outcomes import Finished, Outcome, outcomes_of
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.starts import resolve_start_rule, start_vectors
@@ -179,7 +179,7 @@ class Shared:
             outcomes = [
                 outcome
                 for at in range(0, len(finished), self.batch_size)
-                for outcome in certify(
+                for outcome in outcomes_of(
                     self.lm, finished[at : at + self.batch_size], "vectors", self.storage
                 )
             ]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memvec.cramming.certify import Finished, Outcome
+from memvec.cramming.outcomes import Finished, Outcome
 from memvec.cramming.rows import Rows
 from memvec.cramming.schedules import ScheduleState
 from memvec.errors import MemvecError

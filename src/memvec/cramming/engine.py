@@ -31,8 +31,8 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming import starts
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting, refuse_for_memory
-from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import supported_coordinates
+from memvec.cramming.outcomes import Finished, Outcome, outcomes_of
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
@@ -295,7 +295,9 @@ class Engine:
         """Certify a group as one batch; when memory runs out, the batch is halved."""
         settings, n = (self.start_rule, self.storage, self.recipe.corrections), len(finished)
         try:
-            return in_batches(lambda rows: list(certify(self.lm, finished[rows], *settings)), n, n)
+            return in_batches(
+                lambda rows: list(outcomes_of(self.lm, finished[rows], *settings)), n, n
+            )
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cram_job import CramJob, CramStatus
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import view_for
 from memvec.errors import MemvecError, check_minimum, did_you_mean

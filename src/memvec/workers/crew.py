@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 
 from memvec.cramming.batch import Job, Waiting
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage

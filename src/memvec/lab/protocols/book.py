@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length

@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.errors import MemvecError
 from memvec.lab.protocols.exact import Exact
 from memvec.lab.protocols.protocol import Card, Compared, extra_of

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field, PositiveInt
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import (
     Compared,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memvec.cramming.certify import position_scores
+from memvec.cramming.outcomes import position_scores
 from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_length, place

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.protocols.throughput import decode_seconds

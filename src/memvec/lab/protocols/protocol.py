@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from memvec import metrics
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.report.data import Data

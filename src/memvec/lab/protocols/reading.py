@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from memvec import metrics
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import inside, slow, slow_inside, slow_use

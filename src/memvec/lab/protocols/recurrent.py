@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 
 from memvec.companions.encoder_files import load_encoder, shape_of
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.encoders.recurrent import RecurrentEncoder, recurrent_of
 from memvec.encoders.recurrent_measure import check_chain, crammed_leading, recall

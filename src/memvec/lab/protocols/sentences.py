@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import slow

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.lab import slow_use
 from memvec.lab.protocols import protocol, spaces_report
 from memvec.lab.protocols.exact import exact_result

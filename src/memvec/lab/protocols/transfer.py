@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.transfer import MIN_PAIRS, Transfer, check_same_tokens, fit_transfer

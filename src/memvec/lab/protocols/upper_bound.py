@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.outcomes import Outcome
 from memvec.lab.protocols.protocol import Compared, Protocol, extra_of, own_bos
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place

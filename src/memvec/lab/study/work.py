@@ -16,8 +16,8 @@ from typing import Any
 
 from memvec.arms.shared_m import Shared, for_shared_m
 from memvec.cramming.batch import Job, Progress
-from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
+from memvec.cramming.outcomes import Outcome
 from memvec.cramming.starts import resolve_start_rule, view_for
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of

@@ -1,4 +1,4 @@
-"""Certification decides which passages are exact: it decodes and measures the stored vectors.
+"""Outcomes of passages: free decoding of the stored vectors decides which are exact.
 
 All measures in the record of a passage are measured here, in one pass, from the vectors as they
 will be stored. Only the costs come from the optimisation.
@@ -75,7 +75,7 @@ class Outcome(Finished):
 
 
 @torch.no_grad()
-def certify(
+def outcomes_of(
     lm: FrozenLM,
     finished: Sequence[Finished],
     start: StartRule,
