@@ -7,7 +7,6 @@ import gc
 import os
 import runpy
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -529,14 +528,11 @@ def python() -> str:
 
 @pytest.fixture(scope="session")
 def memvec_with_ray(python: str) -> list[str]:
-    """The words that start `memvec` in a Python that has torch imported already.
+    """The words that start `memvec` in a Python that has torch imported already, as its workers do.
 
-    Ray starts its workers in the usual Python. The program first writes its process id to standard
-    error.
+    The program first writes its process id to standard error.
     """
-    code = (
-        f"import os, sys; sys.executable = {sys.executable!r}; print(os.getpid(), file=sys.stderr)"
-    )
+    code = "import os, sys; print(os.getpid(), file=sys.stderr)"
     return [python, "-c", f"{code}; from memvec.cli import main; main()"]
 
 

@@ -165,7 +165,11 @@ def keep(line: socket.socket, path: str) -> list[str]:
 
 
 def execute(words: list[str]) -> None:
-    """Do what `python WORDS` does, for `-c CODE`, `-m MODULE`, a file, or a folder."""
+    """Do what `python WORDS` does, for `-c CODE`, `-m MODULE`, a file, or a folder, after `-u`."""
+    if words[0] == "-u":
+        words = words[1:]
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)
     first, *rest = words
     before = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     if first == "-c":

@@ -32,11 +32,12 @@ def programs(tmp_path):
         "module": ["-m", "about"],
         "folder": [str(tmp_path / "folder")],
         "words": ["-c", PROGRAM],
+        "unbuffered": ["-u", str(tmp_path / "about.py")],
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["file", "relative", "module", "folder", "words"])
+@pytest.mark.parametrize("kind", ["file", "relative", "module", "folder", "words", "unbuffered"])
 def test_a_program_has_the_same_arguments_paths_and_input(kind, programs, tmp_path, python):
     own = {"MARK": "é", "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), "/nowhere"])}
     seen = []
@@ -67,6 +68,14 @@ ENDS = {
     "import atexit; atexit.register(print, 'last'); print('first')": 0,
     "import threading; threading.Timer(0.2, print, ['last']).start(); print('first')": 0,
 }
+
+
+@pytest.mark.slow
+def test_lines_are_not_kept_back_with_the_option_for_that(python):
+    """A program that ends at once loses what is in a buffer."""
+    words = ["-u", "-c", "import os; print('said'); os._exit(0)"]
+    said = [subprocess.check_output([program, *words]) for program in (sys.executable, python)]
+    assert said == [b"said\n"] * 2
 
 
 @pytest.mark.slow
