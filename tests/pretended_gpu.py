@@ -279,7 +279,7 @@ def cram() -> dict[str, Any]:
             waits = dict(WAITS)
             few = replace(recipe, steps=1)
             run = Engine(lm, few, vectors=2, batch_size=2, storage="int8")
-            outcomes = list(run.run(passages(6, 5, 4)))
+            outcomes = list(run.run(passages(3, 2, 3)))
             said[name] = {"waits": waits, "outcomes": len(outcomes)}
     return said
 
@@ -309,7 +309,7 @@ def train() -> dict[str, Any]:
     training_run.GRID = (1, 4)  # lengths at which an encoder is measured: fewer and shorter ones
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # for Module.to
     with Mode():
-        model = moved(build("llama"), "gpu:0")
+        model = moved(build("llama", num_hidden_layers=1), "gpu:0")
         model.set_attn_implementation("eager")
         lm = FrozenLM(model, name="pretended")
         text, D = stream(lm), lm.width
@@ -330,7 +330,7 @@ def train() -> dict[str, Any]:
             for encoder in (None, own):
                 lm.encoder = encoder
                 made[name] = run().run()
-        ids, few = text[:32].view(2, 16), Recipe(steps=2)
+        ids, few = text[:16].view(2, 8), Recipe(steps=2)
         for lm.encoder in (made["slots"], made["adapted"], made["recurrent"]):
             compare(lm, ids, [4], few)
         compare_segments(lm, ids, 2, recipe=few)

@@ -61,6 +61,7 @@ class Tape(NoWaiting):
         self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.read: set[int] = set()
         self.made: dict[int, Tensor] = {}  # by place; held, so that no place is used twice
+        self.wiped: list[Tensor] = []  # all floats made, see `poison`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -77,10 +78,11 @@ class Tape(NoWaiting):
         return out
 
     def poison(self) -> None:
-        for tensor in self.made.values():
-            if tensor.is_floating_point():
-                # by another tensor at the same place: autograd counts no change of this one
-                tensor.new_empty(0).set_(tensor.untyped_storage()).fill_(torch.nan)
+        if not self.wiped:
+            # Other tensors at the same places: autograd counts no change of those made.
+            floats = [t for t in self.made.values() if t.is_floating_point()]
+            self.wiped = [t.new_empty(0).set_(t.untyped_storage()) for t in floats]
+        torch._foreach_add_(self.wiped, torch.nan)
 
     def play(self) -> None:
         for func, args, kwargs, new in self.steps:

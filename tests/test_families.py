@@ -134,6 +134,7 @@ def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
     lm, asked = tiny(family, dtype), passages(2, 3)
     crammed = [o for o in Engine(lm, QUICK, vectors=2, batch_size=2).run(asked) if o.exact]
     assert len(crammed) == 2
+    vectors, expected = [], []
     for name, storage in STORAGES.items():
         engine = Engine(lm, QUICK, vectors=2, batch_size=2, storage=storage)
         for outcome in crammed:
@@ -144,16 +145,20 @@ def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
         mem = MemVectors.load(tmp_path / "a.mem")
         assert mem.storage.name == name
         stored.sort(key=lambda o: o.passage.document)
-        for rows, cached in itertools.product((1, 7, 32), (True, False)):
-            many = [i % len(stored) for i in range(max(rows, len(stored)))]
-            found = decode_ids(
-                lm,
-                mem.vectors[many].float(),
-                [mem.passages[i].tokens for i in many],
-                batch=rows,
-                cached=cached,
-            )
-            assert found == [list(stored[i].passage.ids) for i in many], (name, rows, cached)
+        vectors += mem.vectors.float()
+        expected += [(name, list(o.passage.ids)) for o in stored]
+    for rows, cached in itertools.product((1, 7, 32), (True, False)):
+        many = [i % len(expected) for i in range(max(rows, len(expected)))]
+        found = decode_ids(
+            lm,
+            torch.stack([vectors[i] for i in many]),
+            [len(expected[i][1]) for i in many],
+            batch=rows,
+            cached=cached,
+        )
+        assert [(expected[i][0], ids) for i, ids in zip(many, found, strict=True)] == [
+            expected[i] for i in many
+        ], (rows, cached)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,5 +1,6 @@
 """The notebooks run from the first cell to the last without Jupyter, and hold their outputs."""
 
+import functools
 import json
 import re
 import runpy
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import memvec
 from memvec import registry
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +20,8 @@ SMALLER = {
     "measure-your-model": {"passages = 6": "passages = 2", "budget = 1500": "budget = 90"},
     "new-objective": {"at + 24": "at + 6"},
 }
+
+loaded = functools.cache(memvec.load_lm)  # the notebooks use one model
 
 
 def code_cells(notebook):
@@ -30,12 +34,13 @@ def code_cells(notebook):
 def test_a_notebook_runs(path, tmp_path, monkeypatch, python):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+    monkeypatch.setattr(memvec, "load_lm", loaded)
     monkeypatch.setattr("sys.executable", python)  # for the commands that a cell starts
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     letter = tmp_path / "examples/letter.txt"
-    letter.write_text(letter.read_text("utf-8")[:200], "utf-8")
+    letter.write_text(letter.read_text("utf-8")[:80], "utf-8")
     text = path.read_text("utf-8")
     for shown, smaller in SMALLER.get(path.stem, {}).items():
         assert text.count(shown) == 1

@@ -117,7 +117,7 @@ def test_the_commands_of_the_start_page_run_and_the_bytes_come_back(shell, tmp_p
     shown = commands(section(START, "First commands"))
     assert len(shown) >= 7
     harbour = tmp_path / "examples/harbour.txt"
-    harbour.write_bytes(harbour.read_bytes()[:300])
+    harbour.write_bytes(harbour.read_bytes()[:150])
     for command in shown:
         if command in commands(section(README, "Two commands")):
             continue  # run, and its output compared, by the test of the README
