@@ -388,7 +388,7 @@ def test_a_step_takes_the_estimated_memory(kind, dtype, checkpointing, monkeypat
     from peak import estimates, works
 
     model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
-    lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
+    lm = FrozenLM(model, name=kind, checkpointing=checkpointing, check=False)
     step = works(lm, batch_size=4, T=96)["step"]
     step()  # the first step also sets up what later steps use
     assert estimates(lm, batch_size=4, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)

@@ -217,13 +217,13 @@ def test_a_passage_with_the_second_loss_does_not_depend_on_its_neighbours(family
     recipe = replace(recipe, objective_every=every)
     # The passages have one length and end together, so the shape and the slots stay the same.
     (a, b, c), (d, e, f) = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
-    recipe = replace(recipe, settle=30, decay=30, steps=30, if_not_exact="stop")
+    recipe = replace(recipe, settle=12, decay=12, steps=12, if_not_exact="stop")
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
     first, second, third, alone = (
         paths(Engine(lm, recipe, **options), in_slots)
         for in_slots in ((a, b, c), (a, e, f), (d, b, f), (a,))
     )
-    assert all(len(path) == 31 and moves(path) for path in first.values())
+    assert all(len(path) == 13 and moves(path) for path in first.values())
     assert torch.equal(first[a], second[a])
     assert torch.equal(first[b], third[b])
     assert torch.equal(second[f], third[f])
@@ -312,12 +312,12 @@ def test_between_its_turns_a_passage_has_the_gradient_of_the_second_loss_alone(
 
 
 @pytest.mark.parametrize("poll", [1, 4])
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.slow
 def test_turns_cost_less_and_passages_stay_exact(slots, poll):
     lm, recipe = triggered("llama")
     recipe = replace(recipe, settle=45, decay=45)
-    asked, spent = passages(4, 3, 2, seed=9), {}
+    asked, spent = passages(4, 3, seed=9), {}
     for every in (1, 3):
         options = {"vectors": 2, "batch_size": slots, "poll": poll}
         engine = Engine(lm, replace(recipe, objective_every=every), **options)
