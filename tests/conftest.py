@@ -7,6 +7,7 @@ import gc
 import os
 import runpy
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -113,15 +114,24 @@ def _shown(request: pytest.FixtureRequest, record_property: Callable[..., None])
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Leave torch the number of threads that it had: a program of recipes/ sets its own.
+def _process() -> Iterator[None]:
+    """Leave torch's number of threads, the environment and the hook for errors as they were.
 
-    Two processes of tests with two threads each on two cores take three to four times as long.
+    A program of recipes/ sets the first: two processes of tests with two threads each on two cores
+    take three to four times as long. The command and Ray set the others.
     """
-    before = torch.get_num_threads()
+    threads, hook, variables = torch.get_num_threads(), sys.excepthook, dict(os.environ)
     yield
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    sys.excepthook = hook
+    if os.environ.keys() != variables.keys() or any(
+        os.environ[name] != value
+        for name, value in variables.items()
+        if name != "PYTEST_CURRENT_TEST"
+    ):
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 V = 24  # few tokens, so that any short passage of a random model decodes from some vector
