@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -190,7 +191,7 @@ def test_passages_of_a_group_share_m_and_others_do_not(study: Path) -> None:
 def test_an_m_that_a_group_shares_is_counted_once(study: Path, tmp_path: Path) -> None:
     """The bytes of exact passages are those of e of each passage and m of each group."""
     copied = Path(shutil.copytree(study, tmp_path / "study"))
-    with sqlite3.connect(copied / "study.sqlite") as db:
+    with contextlib.closing(sqlite3.connect(copied / "study.sqlite")) as db, db:
         db.execute("UPDATE rows SET exact = 1")
     with Store(copied) as store:
         data = read_data(store)

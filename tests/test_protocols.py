@@ -272,6 +272,7 @@ def falsify(folder: Path, extra: str, protocol: str = "") -> list[tuple[str, int
         "SELECT cell, number, extra FROM rows JOIN cells USING (cell) WHERE protocol LIKE ?",
         (protocol or "%",),
     ).fetchall()
+    db.close()
     restore(folder, [(cell, number, extra) for cell, number, _ in kept])
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from dataclasses import replace
@@ -245,7 +246,7 @@ def test_the_check_notices_changed_results(study):
     wrong = str(check_study(study)["wrong"])
     for name in ("at_once", "cosine", "pairs"):
         assert name in wrong
-    with sqlite3.connect(study / "study.sqlite") as db:
+    with contextlib.closing(sqlite3.connect(study / "study.sqlite")) as db, db:
         for cell, number, extra in before:
             db.execute(
                 "UPDATE rows SET extra = ? WHERE cell = ? AND number = ?", (extra, cell, number)

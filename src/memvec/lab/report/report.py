@@ -86,7 +86,7 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise MemvecError(
             f"the report in {out} cannot be written: {error.strerror}; make room for it, or name "
-            "another folder with -o."
+            "another folder."
         ) from None
 
 
