@@ -113,14 +113,16 @@ def test_the_two_commands_print_what_is_shown(shell):
 
 @pytest.mark.slow
 def test_the_commands_of_the_start_page_run_and_the_bytes_come_back(shell, tmp_path):
-    """`plan` has a shorter text than on the page: it crams fewer passages of it."""
+    """`plan` and `cram -` have shorter texts than on the page: they cram fewer passages."""
     shown = commands(section(START, "First commands"))
     assert len(shown) >= 7
-    harbour = tmp_path / "examples/harbour.txt"
+    harbour, letter = (tmp_path / f"examples/{name}.txt" for name in ("harbour", "letter"))
     harbour.write_bytes(harbour.read_bytes()[:150])
     for command in shown:
         if command in commands(section(README, "Two commands")):
             continue  # run, and its output compared, by the test of the README
+        if command.startswith("cat"):  # after the commands that use the whole letter
+            letter.write_bytes(letter.read_bytes()[:150])
         data = shell(command)
         if command.startswith("memvec decode"):
             assert data == LETTER.read_bytes()
