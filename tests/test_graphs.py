@@ -237,7 +237,7 @@ def test_a_capture_out_of_memory_halves_the_slots_and_drops_the_graphs(monkeypat
 def test_a_certification_out_of_memory_drops_the_graphs_and_continues_in_halves(monkeypatch):
     lm, asked, captured = tiny(), passages(5, 4, 3, 5, seed=2), []
     engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
-    replays, certify = engine.stepper.run_pass, engine_module.certify
+    replays, certify = engine.stepper.run_pass, engine_module.outcomes_of
 
     def narrow(lm, finished, *others):
         captured.append(len(replays.captured))
@@ -245,7 +245,7 @@ def test_a_certification_out_of_memory_drops_the_graphs_and_continues_in_halves(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return certify(lm, finished, *others)
 
-    monkeypatch.setattr(engine_module, "certify", narrow)
+    monkeypatch.setattr(engine_module, "outcomes_of", narrow)
     found = list(engine.run(asked))
     assert {o.passage for o in found} == set(asked)
     assert {o.exact for o in found} == {True}
@@ -257,7 +257,7 @@ def test_a_passage_that_cannot_be_decoded_alone_is_an_error(monkeypatch):
     def nowhere(lm, finished, *others):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine_module, "certify", nowhere)
+    monkeypatch.setattr(engine_module, "outcomes_of", nowhere)
     engine = Engine(tiny(), replace(ENDLESS, steps=1), batch_size=3)
     with pytest.raises(MemvecError, match=r"up to 5 tokens cannot be decoded in the memory of cpu"):
         list(engine.run(passages(5, 4, 3)))

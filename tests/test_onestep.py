@@ -353,14 +353,14 @@ def test_the_published_capacity_needs_one_exact_passage_and_ours_needs_all():
 
 
 def test_a_shared_m_is_certified_once_if_the_recipe_says_stop(monkeypatch):
-    honest, seen = shared_m.certify, []
+    honest, seen = shared_m.outcomes_of, []
 
     def disagreeing(*args):
         for outcome in honest(*args):
             seen.append(outcome)
             yield replace(outcome, exact=False)
 
-    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    monkeypatch.setattr(shared_m, "outcomes_of", disagreeing)
     recipe = Recipe.of("one-step", steps=60, lr=0.1, start="noise", if_not_exact="stop", settle=9)
     recipe = shared_m.for_shared_m(recipe)
     assert recipe.settle == 0
@@ -413,14 +413,14 @@ def test_columns_that_a_shared_m_gains_count_from_the_next_step(monkeypatch):
 @pytest.mark.parametrize("limit", [4, 8])
 def test_a_raised_margin_of_a_shared_m_gets_no_more_steps(monkeypatch, limit):
     """Passages that do not decode continue with a larger margin for the steps that are left."""
-    honest, wrong = shared_m.certify, iter(range(10))
+    honest, wrong = shared_m.outcomes_of, iter(range(10))
 
     def disagreeing(*args):
         for outcome in honest(*args):
             lies = outcome.status == "done" and next(wrong, 9) < 2
             yield replace(outcome, exact=False) if lies else outcome
 
-    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    monkeypatch.setattr(shared_m, "outcomes_of", disagreeing)
     recipe = shared_m.for_shared_m(Recipe.of("one-step", steps=limit, lr=0.1, start="noise"))
     lm = copy(one_step(tiny()))
     lm.logit_spread = 40.0  # these steps cannot reach a raised margin
@@ -507,7 +507,7 @@ def test_only_margins_of_passages_that_do_not_decode_are_raised(monkeypatch, lim
             yield Outcome(**vars(f), exact=f.passage.document != 1, metrics=measures)
 
     monkeypatch.setattr(shared, "_cram", crammed)
-    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    monkeypatch.setattr(shared_m, "outcomes_of", disagreeing)
     outcomes = shared.run([replace(job, steps=limit, margin=1.0) for job in jobs])
     assert len(rounds) == min(limit, 1 + shared_m.RAISES)
     assert {o.steps for o in outcomes} == {limit + len(rounds)}
