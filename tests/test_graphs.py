@@ -167,11 +167,16 @@ def test_small_outputs_are_copies_and_large_ones_are_overwritten():
     vectors = torch.zeros(2, 1, lm.width, requires_grad=True)
     ids, temperature = torch.ones(2, 5, dtype=torch.long), torch.ones(2)
     one.run_pass(vectors, ids, temperature)
-    _, first = one.run_pass(vectors, ids, temperature)
+    states, first = one.run_pass(vectors, ids, temperature)
     kept, held = first.margin.clone(), first.gradient.clone()
-    _, second = one.run_pass(vectors + 1, ids, temperature)
+    (gradient,) = torch.autograd.grad(states, vectors, first.gradient)
+    of_vectors = gradient.clone()
+    states, second = one.run_pass(vectors + 1, ids, temperature)
+    (other,) = torch.autograd.grad(states, vectors, second.gradient)
     assert torch.equal(first.margin, kept)
     assert not torch.equal(first.margin, second.margin)
+    assert torch.equal(gradient, of_vectors)
+    assert not torch.equal(gradient, other)
     assert not torch.equal(first.gradient, held)  # valid until the next call
 
 
