@@ -89,7 +89,7 @@ class CramJob:
         check_minimum(1, batch_size=self.batch_size)
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
-        self.split = 0
+        self.split, self.total = 0, sum(len(d.ids) for d in self.documents)
         self.expected: Expected | None = None
         self._enter("preparing")  # some coordinates first measure the model's gradients
         options: dict[str, Any] = {"storage": self.storage, "on_progress": self.report}
@@ -324,5 +324,4 @@ class CramJob:
             done = sum(len(o.passage) for o in self.done.values())
             counts: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
             counts |= {"split": self.split, "engine": progress, "expected": self.expected}
-            tokens = sum(len(d.ids) for d in self.documents)
-            self.on_status(CramStatus(self.stage, tokens=tokens, share=share, **counts))
+            self.on_status(CramStatus(self.stage, tokens=self.total, share=share, **counts))

@@ -121,7 +121,6 @@ def report(
     """Write tables, figures with their data, and one self-contained page."""
     from memvec.cli.display import say
     from memvec.lab.report.report import write_report
-    from memvec.lab.study.store import Store
 
     if compare not in (None, "paper"):
         raise MemvecError(f"--compare knows 'paper', not '{compare}'.")
@@ -136,10 +135,9 @@ def report(
     written = write_report(folder, target, compare=compare == "paper", figures=figures)
     for table in written.tables:
         print_report_table(table, format_)
-    with Store(folder) as store:
-        done, planned = store.counts()
-    if done < planned:
-        say(f"Only {done} of {planned} passages are crammed: memvec study resume goes on.")
+    if written.rows < written.planned:
+        counts = f"{written.rows} of {written.planned}"
+        say(f"Only {counts} passages are crammed: memvec study resume goes on.")
     say(f"page: {written.page}; tables and figures beside it")
 
 

@@ -7,6 +7,7 @@ model of the study has. Restarts of a passage do not count as passages: `Data.of
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,20 +34,26 @@ class Data:
     """The rows of a study as a table.
 
     The column `model` is the model's name in reports (from `model_names`). By this name, `keys` has
-    what the spec says of each model, and `models` the description of what was loaded. Columns
-    beside those of an export: `recipe` (from `recipe_names`), `series` (the source, with the
-    recipe's name if it has one: a line of a table or figure), and `passage_group` (a text that is
-    one draw when passages are resampled). `planned`: number of rows that the last spec plans.
+    what the spec says of each model, and `loaded` a description of what was loaded for each of its
+    cells, in their order. Columns beside those of an export: `recipe` (from `recipe_names`),
+    `series` (the source, with the recipe's name if it has one: a line of a table or figure), and
+    `passage_group` (a text that is one draw when passages are resampled). `planned`: number of rows
+    that the last spec plans.
     """
 
     store: Store
     name: str
     about: str
     rows: pd.DataFrame
-    models: dict[str, dict[str, Any]]
+    loaded: dict[str, list[dict[str, Any]]]
     keys: dict[str, ModelKey]
     environments: list[dict[str, Any]]
     planned: int
+
+    @functools.cached_property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """For each model, the description of what was loaded for its first cell."""
+        return {name: descriptions[0] for name, descriptions in self.loaded.items()}
 
     def of(self, *protocols: str) -> pd.DataFrame:
         """Rows of some protocols, one per passage: restarts are averaged."""
@@ -197,17 +204,17 @@ def read_data(store: Store) -> Data:
     keys = {cell: Cell(**json.loads(settings)).model_key for cell, settings, _ in cells}
     shown = model_names(keys.values())
     rows["model"] = [shown[keys[cell]] for cell in rows["cell"]]
-    models: dict[str, dict[str, Any]] = {}
+    loaded: dict[str, list[dict[str, Any]]] = {}
     for cell, _, description in cells:
         if description is not None:
-            models.setdefault(shown[keys[cell]], json.loads(description))
+            loaded.setdefault(shown[keys[cell]], []).append(json.loads(description))
     used = set(rows["environment"])
     records = store.db.execute("SELECT id, record FROM environments")
     environments = [json.loads(record) for key, record in records if key in used]
     name, about = store.meta("name") or "study", store.meta("about") or ""
     planned = store.counts()[1]
     by_name = {name: key for key, name in shown.items()}
-    return Data(store, name, about, rows, models, by_name, environments, planned)
+    return Data(store, name, about, rows, loaded, by_name, environments, planned)
 
 
 def short(model: str) -> str:

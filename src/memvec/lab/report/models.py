@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.table import Table, TableLine
-from memvec.lab.study.cells import Cell
 
 DIGITS = 12  # of a commit or a hash, enough to compare
 
 
 def models_table(data: Data) -> Table:
     """One line for each model of the rows."""
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    names = {key: name for name, key in data.keys.items()}
-    for settings, description in data.store.db.execute(
-        "SELECT settings, description FROM cells WHERE planned > 0 AND description IS NOT NULL "
-        "ORDER BY position"
-    ):
-        name = names[Cell(**json.loads(settings)).model_key]
-        by_model.setdefault(name, []).append(json.loads(description))
     passages = data.rows["model"].value_counts()
     lines: list[TableLine] = []
-    for name, loaded in by_model.items():
+    for name, loaded in data.loaded.items():
         if name not in passages.index:
             continue  # an interrupted run has described the model, and crammed nothing
         path = data.keys[name].name

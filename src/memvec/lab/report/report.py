@@ -24,10 +24,12 @@ SUFFIXES = ("csv", "tex", "md", "pdf", "svg", "png")
 
 @dataclass(frozen=True)
 class Report:
-    """A written report: the file of its page, and the tables on it."""
+    """A written report: the file of its page, the tables on it, and how many rows it is of."""
 
     page: Path
     tables: list[Table]
+    rows: int
+    planned: int  # rows that the last spec plans
 
 
 def write_report(
@@ -59,7 +61,7 @@ def write_report(
     names = [f"tables/{table.key}" for table in tables]
     names += [f"figures/{plot.key}" for plot in plots if figures]
     delete_others(out, names)
-    return Report(page, tables)
+    return Report(page, tables, len(data.rows), data.planned)
 
 
 @contextlib.contextmanager

@@ -147,10 +147,6 @@ def recipe_of(run: RunSpec, seed: int) -> Recipe:
     changes = dict(run.recipe)
     preset = str(changes.pop("preset", protocol.preset))
     if run.budget:
-        if "budget" in changes:
-            raise MemvecError(
-                "the recipe's budget does nothing where the run has a budget: leave one out."
-            )
         changes["budget"] = run.budget
     return Recipe.of(preset, **{**protocol.changes, **changes, "seed": seed})
 

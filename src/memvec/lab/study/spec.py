@@ -312,10 +312,11 @@ def _check_run(run: RunSpec, place: str) -> None:
             raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
         if max(values) > LONGEST:
             raise MemvecError(f"{place}: {field} must be at most {LONGEST}, not {max(values)}.")
-    if "seed" in run.recipe:
-        raise MemvecError(
-            f"{place}: the recipe's seed does nothing where the run has seeds: leave it out."
-        )
+    for name, own in (("seed", "seeds"), ("budget", "a budget" if run.budget else "")):
+        if own and name in run.recipe:
+            raise MemvecError(
+                f"{place}: the recipe's {name} does nothing where the run has {own}: leave it out."
+            )
     if any(abs(seed) >= 2**63 for seed in run.seeds):
         raise MemvecError(f"{place}: seeds must fit 64 bits.")
     if run.recipe.get("corrections"):
