@@ -288,7 +288,7 @@ def _check(spec: Spec, where: str) -> None:
     if alike := [key.name for key in keys if keys.count(key) > 1]:
         raise MemvecError(
             f"{where}: the model '{alike[0]}' is there twice: remove one, or load it in another "
-            "way (revision, dtype, quantize)."
+            "way (revision, by default 'main', dtype, quantize)."
         )
     if alike := [name for name in sources if sources.count(name) > 1]:
         raise MemvecError(f"{where}: two sources are called '{alike[0]}': give one a name.")
