@@ -25,7 +25,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Olmo2Config
 
 from conftest import passages, reader, tiny
@@ -406,11 +406,58 @@ def test_a_model_is_loaded_again_as_the_study_loaded_it(monkeypatch: pytest.Monk
     described = lm.description() | {"revision": "step1", "dtype": "bfloat16", "quantize": "8bit"}
     options = {"device": "cpu", "load": {"offload": True}}
     assert stored_model.model_of(described, "a/m", **options) is lm
-    stored_model.model_of(described, "a/m", model="folder", **options)
+    stored_model.model_of(described, "a/m", moved={"a/m": "folder", "b": "other"}, **options)
     how = {"device": "cpu", "dtype": "bfloat16", "quantize": "8bit", "offload": True}
     assert loaded == [("a/m", how | {"revision": "step1"}), ("folder", how | {"revision": None})]
     with pytest.raises(MemvecError, match="has other weights than the study's a/m"):
         stored_model.model_of(described | {"weights": "0" * 64}, "a/m")
+
+
+def test_models_that_are_elsewhere_now_are_named(tmp_path: Path) -> None:
+    """By the name in the spec or in reports; a study of one model needs none."""
+    block = '[[runs]]\nprotocol = "exact"\nlengths = [3]\npassages = 1\nrecipe = { steps = 2 }\n'
+    for folder, names in (("one", ["m/a"]), ("two", ["m/a", "m/b"])):
+        models = "".join(f'[[models]]\nname = "{name}"\n' for name in names)
+        text = HEAD.replace('[[models]]\nname = "tiny"\n', models) + block
+        run(spec_in(tmp_path, text), tmp_path, tmp_path / folder)
+
+    def moved(folder: str, *texts: str) -> dict[str, str]:
+        return stored_model.moved_models(tmp_path / folder, texts)
+
+    assert moved("one") == moved("two") == {}
+    assert moved("one", "x=1/y") == {"m/a": "x=1/y"}
+    assert moved("one", "m/a=x") == moved("one", "a=x") == moved("one", "x") == {"m/a": "x"}
+    assert moved("two", "b=x=1", "m/a=y") == {"m/b": "x=1", "m/a": "y"}
+    with pytest.raises(MemvecError, match="has 2 models: name the one that is at x, as 'a=x'"):
+        moved("two", "x")
+    with pytest.raises(MemvecError, match="no model 'c'"):
+        moved("two", "c=x")
+
+
+@pytest.mark.slow
+def test_a_study_of_two_models_is_checked_where_they_are_now(folder: Path, tmp_path: Path) -> None:
+    """With the models of the study exchanged, their weights are others than the study's."""
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / name)
+    weights = load_file(tmp_path / "b/model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, tmp_path / "b/model.safetensors", {"format": "pt"})
+    models = "".join(f"[[models]]\nname = '{tmp_path / name}'\n" for name in ("a", "b"))
+    text = HEAD.replace('[[models]]\nname = "tiny"\n', models) + (
+        '[[runs]]\nprotocol = "exact"\nsources = ["random-tokens"]\nlengths = [3]\npassages = 1\n'
+        "recipe = { steps = 2 }\n"
+    )
+    spec, out = spec_in(tmp_path, text), tmp_path / "out"
+    run_study(spec, out, lambda model: LocalPool(load_lm(model.name)), base=tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path / f"{name}-now")
+    places = {str(tmp_path / name): str(tmp_path / f"{name}-now") for name in ("a", "b")}
+    assert check_study(out, moved=places)["wrong"] == []
+    written, left_out = export_vectors(out, tmp_path / "files", moved=places)
+    assert (len(written), left_out) == (2, [])
+    exchanged = dict(zip(places, reversed(places.values()), strict=True))
+    with pytest.raises(MemvecError, match="has other weights than the study's"):
+        check_study(out, moved=exchanged)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,13 @@ from memvec.errors import MemvecError, check_minimum, did_you_mean
 app = typer.Typer(rich_markup_mode="rich")
 
 StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study.")]
-StudyModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="Where the study's model is now.")
+Moved = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Where the study's model is now. Of several: NAME=PLACE, once for each that moved.",
+    ),
 ]
 
 
@@ -68,23 +73,24 @@ def export(
 def vectors(
     folder: StudyFolder,
     out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the files.")],
-    model: StudyModel = None,
+    model: Moved = None,
     device: options.Device = "auto",
     load: options.StudyLoad = None,
 ) -> None:
     """Write the vectors of each cell as a file, decoded again for its certificate."""
     from memvec.cli.display import say
     from memvec.cli.progress import timer
+    from memvec.lab.study.stored_model import moved_models
     from memvec.lab.study.vector_files import export_vectors
 
-    due, given = timer(), study_loading(load)
+    due, given, moved = timer(), study_loading(load), moved_models(folder, model or [])
 
     def show(done: int, cells: int) -> None:
         if due():
             say(f"{done} of {cells} cells decoded")
 
     written, left_out = export_vectors(
-        folder, out, model=model, device=device, load=given, on_file=show
+        folder, out, moved=moved, device=device, load=given, on_file=show
     )
     for sentence in left_out:
         say(f"left out: {sentence}")
@@ -148,7 +154,7 @@ def report(
 )
 def check(
     folder: StudyFolder,
-    model: StudyModel = None,
+    model: Moved = None,
     sample: Annotated[int, typer.Option(help="Rows to recompute; 0: all.")] = 0,
     device: options.Device = "auto",
     load: options.StudyLoad = None,
@@ -156,10 +162,11 @@ def check(
 ) -> None:
     """Compute every column again from the stored vectors, by slower and independent code."""
     from memvec.lab.study.check import check_study
+    from memvec.lab.study.stored_model import moved_models
 
     check_minimum(0, sample=sample)
-    given = study_loading(load)
-    checked = check_study(folder, model=model, sample=sample, device=device, load=given)
+    given, moved = study_loading(load), moved_models(folder, model or [])
+    checked = check_study(folder, moved=moved, sample=sample, device=device, load=given)
     if json:
         typer.echo(jsonlib.dumps(checked, indent=2))
     else:

@@ -50,7 +50,7 @@ MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 def check_study(
     folder: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    moved: Mapping[str, str] | None = None,
     sample: int = 0,
     device: str = "auto",
     load: Mapping[str, Any] | None = None,
@@ -59,7 +59,8 @@ def check_study(
     'unchecked' sentences about what a protocol measured and does not recompute}.
 
     Rows of cells that the last spec does not have are left out: their model may be gone.
-    `sample`: so many rows spread over the study; 0: all. `load`: further arguments of `load_lm`.
+    `moved`: where models of the study are now, by their names. `sample`: so many rows spread over
+    the study; 0: all. `load`: further arguments of `load_lm`.
     Raises MemvecError if the model is not the study's.
     """
     wrong: list[str] = []
@@ -73,7 +74,7 @@ def check_study(
         frame = _sampled(store, sample)
         for of, rows in by_model(store, frame):
             described, _ = cell_of(store, str(rows.iloc[0]["cell"]))
-            lm = model_of(described, of.name, model=model, device=device, load=load)
+            lm = model_of(described, of.name, moved=moved, device=device, load=load)
             for key, group in rows.groupby("cell", sort=False):
                 _, cell = cell_of(store, str(key))
                 wrong += _check_cell(store, str(key), cell)

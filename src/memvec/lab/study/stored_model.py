@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, did_you_mean
 from memvec.lab.study.cells import Cell
+from memvec.lab.study.model_names import distinct_names
 from memvec.lab.study.spec import ModelKey
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
@@ -32,22 +34,51 @@ def by_model(store: Store, rows: pd.DataFrame) -> Iterator[tuple[ModelKey, pd.Da
         yield key, rows[[keys[cell] == key for cell in rows["cell"]]]
 
 
+def moved_models(folder: str | os.PathLike[str], texts: Sequence[str]) -> dict[str, str]:
+    """Where models of a study are now: place by name in the spec, from texts 'NAME=PLACE'.
+
+    NAME may be the short name of reports. In a study of one model, 'PLACE' is enough. Raises
+    MemvecError for a name that the study does not have, and for a place without a name if the study
+    has several models.
+    """
+    with Store(folder) as store:
+        settings = store.db.execute("SELECT settings FROM cells WHERE planned > 0").fetchall()
+    short = distinct_names(Cell(**json.loads(text)).model for (text,) in settings)
+    names = {name: name for name in short} | {last: name for name, last in short.items()}
+    places: dict[str, str] = {}
+    for text in texts:
+        name, equals, place = text.partition("=")
+        if name not in names and len(short) == 1:  # a place may contain '='
+            (name,), place = short, text
+        elif not equals:
+            raise MemvecError(
+                f"the study has {len(short)} models: name the one that is at {text}, as "
+                f"'{next(iter(short.values()))}={text}'."
+            )
+        if name not in names:
+            raise MemvecError(f"the study has no model '{name}': {did_you_mean(name, names)}")
+        places[names[name]] = place
+    return places
+
+
 def model_of(
     description: dict[str, Any],
     name: str,
     *,
-    model: str | None = None,
+    moved: Mapping[str, str] | None = None,
     device: str = "auto",
     load: Mapping[str, Any] | None = None,
 ) -> FrozenLM:
-    """The study's model `name` with this description, from `model` if it is elsewhere now.
+    """The study's model `name` with this description.
 
-    `load`: further arguments of `load_lm`, such as `device_map`.
+    `moved`: where models are now, by name (`moved_models`). `load`: further arguments of `load_lm`,
+    such as `device_map`.
     Raises MemvecError as `load_lm`, and if its weights are others than the study's.
     """
+    place = (moved or {}).get(name)
     lm = load_lm(
-        model or name,
-        revision=description["revision"] if model is None else None,
+        place or name,
+        revision=description["revision"] if place is None else None,
         device=device,
         dtype=description["dtype"],
         quantize=description.get("quantize"),

@@ -45,7 +45,7 @@ def export_vectors(
     folder: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    moved: Mapping[str, str] | None = None,
     device: str = "auto",
     load: Mapping[str, Any] | None = None,
     on_file: Callable[[int, int], None] | None = None,
@@ -54,10 +54,10 @@ def export_vectors(
 
     A file has the passages of its cell by their numbers, each as a text of its own, and opens with
     `MemVectors.load`. All of them are decoded again for its certificate. Returns what the files
-    are, one dictionary for each, and a sentence about each cell that no file can hold. `model`:
-    where the study's model is now. `load`: further arguments of `load_lm`. `on_file` is called
-    after each file with the number of cells done and of all cells. Raises MemvecError if the model
-    has other weights, or for a folder that has something else in it.
+    are, one dictionary for each, and a sentence about each cell that no file can hold. `moved`:
+    where models of the study are now, by their names. `load`: further arguments of `load_lm`.
+    `on_file` is called after each file with the number of cells done and of all cells. Raises
+    MemvecError if a model has other weights, or for a folder that has something else in it.
     """
     target = path_of(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -74,7 +74,7 @@ def export_vectors(
                 if why := _unfit(cell):
                     left_out.append(f"cell {key} ({cell.protocol}, {cell.source}): {why}.")
                     continue
-                lm = lm or model_of(description, of.name, model=model, device=device, load=load)
+                lm = lm or model_of(description, of.name, moved=moved, device=device, load=load)
                 mem = vectors_of_cell(lm, store, cell, group.to_dict("records"))
                 make_folder(target)
                 path = mem.save(target / f"{key}.mem.safetensors")
