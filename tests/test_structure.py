@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ ON_REQUEST = {
 }
 
 
+@functools.cache
 def imports(name: str) -> set[str]:
     """Modules of memvec that a module imports, also inside functions, but not for types only."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
@@ -79,14 +81,11 @@ def imports(name: str) -> set[str]:
     return (seen & set(MODULES)) - {name, "memvec"}
 
 
-GRAPH = {name: imports(name) for name in MODULES}
-
-
 def reachable(name: str) -> set[str]:
     found: set[str] = set()
     todo = [name]
     while todo:
-        for other in GRAPH[todo.pop()] - found:
+        for other in imports(todo.pop()) - found:
             found.add(other)
             todo.append(other)
     return found
@@ -99,7 +98,7 @@ def test_there_are_no_import_circles():
 def test_packages_have_no_import_circles():
     """A package is a folder or a file in src/memvec."""
     packages: dict[str, set[str]] = {}
-    for name, others in GRAPH.items():
+    for name, others in ((name, imports(name)) for name in MODULES):
         if name not in ("memvec", "memvec.__main__"):
             own = name.split(".")[1]
             packages.setdefault(own, set()).update({o.split(".")[1] for o in others} - {own})
@@ -112,27 +111,27 @@ def test_packages_have_no_import_circles():
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("memvec.model")])
 def test_the_model_imports_only_itself_and_modules_above_it(name):
     allowed = ("memvec.model", *(f"memvec.{part}" for part in BELOW_THE_MODEL))
-    assert [other for other in GRAPH[name] if not other.startswith(allowed)] == []
+    assert [other for other in imports(name) if not other.startswith(allowed)] == []
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_imports_the_command_line(name):
     if not name.startswith(("memvec.cli", "memvec.__main__")):
-        assert [other for other in GRAPH[name] if other.startswith("memvec.cli")] == []
+        assert [other for other in imports(name) if other.startswith("memvec.cli")] == []
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_core_imports_only_listed_modules_from_beside_it(name):
     """ON_REQUEST lists these modules, and BESIDE what is beside the core."""
     if name.split(".")[1:2] not in [[part] for part in BESIDE] and name != "memvec.__main__":
-        beside = {other for other in GRAPH[name] if other.split(".")[1] in BESIDE}
+        beside = {other for other in imports(name) if other.split(".")[1] in BESIDE}
         assert beside - ON_REQUEST == set()
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_command_line_imports_the_lab(name):
     if not name.startswith(("memvec.lab", "memvec.cli")):
-        assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
+        assert [other for other in imports(name) if other.startswith("memvec.lab")] == []
 
 
 def test_modules_are_imported_inside_functions_for_an_optional_extra_only():
