@@ -31,7 +31,7 @@ standard error. `--json` prints one JSON object for programs.
 | 1 | the reader of the output, such as `head`, ended before memvec did |
 | 2 | invalid input; one sentence says what is wrong and what to change |
 | 3 | not exact |
-| 130 | interrupted |
+| 130 | interrupted by Ctrl-C or SIGTERM; what is finished is kept |
 """
 RECIPE = """## Recipe fields
 

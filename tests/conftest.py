@@ -7,6 +7,7 @@ import gc
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -115,13 +116,15 @@ def _shown(request: pytest.FixtureRequest, record_property: Callable[..., None])
 
 @pytest.fixture(autouse=True)
 def _process() -> Iterator[None]:
-    """Leave torch's number of threads, the environment and the hook for errors as they were.
+    """Leave torch's threads, the environment and the hooks for errors and SIGTERM as they were.
 
     A program of recipes/ sets the first: two processes of tests with two threads each on two cores
     take three to four times as long. The command and Ray set the others.
     """
     threads, hook, variables = torch.get_num_threads(), sys.excepthook, dict(os.environ)
+    ended = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, ended)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     sys.excepthook = hook

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -237,14 +238,18 @@ def test_exit_code_3_if_a_passage_is_not_exact(command, folder, letter):
     assert command("inspect", "letter.mem").code == 0
 
 
-def test_an_interrupted_cram_exits_with_130_and_resumes(command, folder, letter, monkeypatch):
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_cram_exits_with_130_and_resumes(command, folder, letter, monkeypatch, by):
+    """Schedulers end a job with SIGTERM."""
     put, finished = Journal.put, []
 
     def interrupt(self, outcome):
         put(self, outcome)
         finished.append(outcome)
         if len(finished) == 2:
-            raise KeyboardInterrupt
+            if by == "Ctrl-C":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Journal, "put", interrupt)
     words = ["cram", letter, "-m", folder, *FAST, "--batch-size", 1]
