@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -543,8 +544,11 @@ def python() -> str:
 def memvec_with_ray(python: str) -> list[str]:
     """The words that start `memvec` in a Python that has torch imported already, as its workers do.
 
-    The program first writes its process id to standard error.
+    The program first writes its process id to standard error. A Ray older than the locked one gives
+    forked workers no name, by which tests find them, so it gets the interpreter itself.
     """
+    if Version(version("ray")) < Version("2.60"):
+        python = sys.executable
     code = "import os, sys; print(os.getpid(), file=sys.stderr)"
     return [python, "-c", f"{code}; from memvec.cli import main; main()"]
 
