@@ -360,6 +360,19 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused(family, reason):
             Engine(tiny(family), SPACES[space])
 
 
+@pytest.mark.parametrize("change", [lambda t: t[:, :, :-1], lambda t: t[0], None])
+def test_a_cache_without_a_key_for_every_token_is_refused(monkeypatch, change):
+    """A window of recent tokens, tables of other dimensions, and a cache without layers."""
+    own = keys_values.keys_values
+
+    def changed(lm, inputs):
+        return [(change(k), change(v)) for k, v in own(lm, inputs)] if change else []
+
+    monkeypatch.setattr(keys_values, "keys_values", changed)
+    with pytest.raises(MemvecError, match=r"\(its cache is of another kind\)"):
+        in_space(tiny(), "prefix", {})
+
+
 def test_a_model_that_reads_its_cached_keys_differently_is_refused(monkeypatch):
     lm, honest = tiny(), keys_values.agree
     monkeypatch.setattr(
