@@ -1288,7 +1288,7 @@ def test_brackets_in_texts_of_the_user_are_printed_and_no_markup(
     wrong = {"rows": 0, "worst": {}, "wrong": [words], "unchecked": []}
     monkeypatch.setattr("memvec.lab.study.check.check_study", lambda *_, **__: wrong)
     with pytest.raises(typer.Exit):
-        check(tmp_path)
+        check(tmp_path / "s")
     assert words in capsys.readouterr().out
     terminal = Console(width=300, force_terminal=True, file=io.StringIO())
     monkeypatch.setattr("memvec.cli.progress.err", terminal)
