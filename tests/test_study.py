@@ -434,6 +434,14 @@ def test_models_that_are_elsewhere_now_are_named(tmp_path: Path) -> None:
         moved("two", "c=x")
 
 
+def test_a_study_without_rows_is_not_said_to_agree(tmp_path: Path) -> None:
+    Store(tmp_path, write=True).close()
+    with pytest.raises(MemvecError, match="has no rows yet: run it first"):
+        check_study(tmp_path)
+    with pytest.raises(MemvecError, match="has no rows yet: run it first"):
+        stored_model.moved_models(tmp_path, ["x"])
+
+
 @pytest.mark.slow
 def test_a_study_of_two_models_is_checked_where_they_are_now(folder: Path, tmp_path: Path) -> None:
     """With the models of the study exchanged, their weights are others than the study's."""

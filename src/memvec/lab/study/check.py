@@ -61,7 +61,7 @@ def check_study(
     Rows of cells that the last spec does not have are left out: their model may be gone.
     `moved`: where models of the study are now, by their names. `sample`: so many rows spread over
     the study; 0: all. `load`: further arguments of `load_lm`.
-    Raises MemvecError if the model is not the study's.
+    Raises MemvecError if the study has no rows, and if the model is not the study's.
     """
     wrong: list[str] = []
     worst: dict[str, float] = {}
@@ -72,6 +72,8 @@ def check_study(
         if strays:
             wrong.append(f"{len(strays)} rows name a cell that the study does not have.")
         frame = _sampled(store, sample)
+        if frame.empty and not strays:
+            raise MemvecError(f"the study in {store.folder} has no rows yet: run it first.")
         for of, rows in by_model(store, frame):
             described, _ = cell_of(store, str(rows.iloc[0]["cell"]))
             lm = model_of(described, of.name, moved=moved, device=device, load=load)

@@ -38,11 +38,15 @@ def moved_models(folder: str | os.PathLike[str], texts: Sequence[str]) -> dict[s
     """Where models of a study are now: place by name in the spec, from texts 'NAME=PLACE'.
 
     NAME may be the short name of reports. In a study of one model, 'PLACE' is enough. Raises
-    MemvecError for a name that the study does not have, and for a place without a name if the study
-    has several models.
+    MemvecError for a name that the study does not have, for a place without a name if the study has
+    several models, and for a study that was not run.
     """
+    if not texts:
+        return {}
     with Store(folder) as store:
         settings = store.db.execute("SELECT settings FROM cells WHERE planned > 0").fetchall()
+    if not settings:
+        raise MemvecError(f"the study in {store.folder} has no rows yet: run it first.")
     short = distinct_names(Cell(**json.loads(text)).model for (text,) in settings)
     names = {name: name for name in short} | {last: name for name, last in short.items()}
     places: dict[str, str] = {}
