@@ -31,7 +31,7 @@ from memvec.encoders import measure
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.measure import compare, crammed_in_order
-from memvec.encoders.slots import SlotEncoder, SlotNetwork
+from memvec.encoders.slots import SlotEncoder, SlotNetwork, position_codes
 from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.training import GRID, SlotsPlan, Training
 from memvec.errors import MemvecError
@@ -233,6 +233,14 @@ def test_vectors_are_the_scaled_outputs_at_the_first_slots(K):
         found, at_slots = network(embedded, K), network.out(network.slots[:K])
     expected = 3.0 * at_slots + lm.embedding.weight.mean(0)
     torch.testing.assert_close(found, expected.expand(3, -1, -1))
+
+
+def test_the_codes_of_positions_are_sines_and_cosines_of_longer_and_longer_waves():
+    codes = position_codes(3, 5, torch.device("cpu"))
+    for position in range(3):
+        angles = [position / 10_000 ** (2 * i / 5) for i in range(3)]
+        waves = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        assert codes[position].tolist() == pytest.approx(waves[:5], abs=1e-6)
 
 
 @pytest.fixture

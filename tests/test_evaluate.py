@@ -24,6 +24,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
+from memvec.statistics import bootstrap_mean, share_interval
 from memvec.usable import columns, receipts
 from memvec.usable import evaluate as evaluating
 from memvec.usable.answers import EmbeddedRequest, likelihoods, written
@@ -331,6 +332,17 @@ def test_a_table_has_n_an_interval_and_the_share_kept():
     assert figures["nll", "full"].kept is None
     assert figures["acc", "crammed"].kept is None, "the context changes nothing"
     assert figures["acc", "full"].low == pytest.approx(0.342, abs=1e-3), "Wilson, 2 of 2"
+
+
+def test_shares_have_wilson_intervals_and_other_means_those_of_a_bootstrap():
+    """f1 may lie between 0 and 1, and nll may happen to be 0 or 1."""
+    rows = [receipt(document=i).model_copy(update={"scores": {}}) for i in range(3)]
+    for scores in ({"f1": [2 / 3, 1.0, 0.0]}, {"nll": [1.0, 1.0, 0.0]}, {"acc": [1.0, 1.0, 0.0]}):
+        ((name, values),) = scores.items()
+        of = [r.model_copy(update={"scores": {name: v}}) for r, v in zip(rows, values, strict=True)]
+        (figure,) = score_figures(of)
+        expected = share_interval(2, 3) if name == "acc" else bootstrap_mean(values)
+        assert (figure.low, figure.high) == (expected.low, expected.high)
 
 
 def test_a_table_has_the_mean_inputs_and_the_number_of_exact_contexts():
