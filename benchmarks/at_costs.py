@@ -81,7 +81,7 @@ def growing(
         Passage(passages[key[0]].ids[: max(1, vectors[key][1])], passages[key[0]].document)
         for key in keys
     ]
-    decoded = decode_ids(lm, stack, [len(p) for p in leading], start=engine.start_rule)
+    decoded = decode_ids(lm, stack, [len(p) for p in leading], start_rule=engine.start_rule)
     margins = position_scores(lm, stack, leading, engine.start_rule).margin
     horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
     for (document, cost_index), ids, passage, margin in zip(

@@ -123,7 +123,7 @@ def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial
         if steps_done in LIMITS:
             seconds_at[steps_done] = clock() - beginning
     (decoded,) = decode_ids(
-        lm, best_memory[None], [len(passage)], start="first-token", first=[passage.ids[0]]
+        lm, best_memory[None], [len(passage)], start_rule="first-token", first=[passage.ids[0]]
     )
     return Trial(tuple(decoded) == passage.ids, steps_done, clock() - beginning, seconds_at)
 

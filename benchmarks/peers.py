@@ -73,7 +73,7 @@ def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given
     vectors = torch.stack([answer.vectors.to(lm.device) for answer in answers])
     first = [p.ids[0] for p in passages] if given else None
     start = "first-token" if given else "vectors"
-    decoded = decode_ids(lm, vectors, [len(p) for p in passages], start=start, first=first)
+    decoded = decode_ids(lm, vectors, [len(p) for p in passages], start_rule=start, first=first)
     errors = [first_error(ids, p.ids) for ids, p in zip(decoded, passages, strict=True)]
     return [len(p) if error is None else error for p, error in zip(passages, errors, strict=True)]
 

@@ -605,7 +605,7 @@ def test_the_published_loop_keeps_the_vectors_that_it_measured(monkeypatch):
 
     lm = tiny()
     vectors = torch.randn(1, lm.width, generator=torch.Generator().manual_seed(0))
-    (ids,) = decode_ids(lm, vectors[None], [6], start="first-token", first=[5])
+    (ids,) = decode_ids(lm, vectors[None], [6], start_rule="first-token", first=[5])
     (passage,) = [type(p)(tuple(ids)) for p in passages(6)]
     kept = []
     monkeypatch.setattr(exact, "start_vectors", lambda *_: [vectors.clone()])

@@ -148,12 +148,12 @@ def test_a_cache_that_mixes_the_rows_of_a_batch_is_not_used(kind):
     assert decode_ids(lm, vectors, [6, 5, 4]) == decode_ids(tiny(), vectors, [6, 5, 4])
 
 
-@pytest.mark.parametrize("start", ["vectors", "bos", "first-token"])
-def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start, monkeypatch):
+@pytest.mark.parametrize("start_rule", ["vectors", "bos", "first-token"])
+def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start_rule, monkeypatch):
     """Without the cache, each pass reads all inputs again, and no pass gets a cache."""
     lm = tiny()
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
-    predicted = 6 - (start == "first-token")
+    predicted = 6 - (start_rule == "first-token")
     cached, read = [], []
     forward = decoding.forward_with_cache
     monkeypatch.setattr(
@@ -165,7 +165,7 @@ def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start, m
         ),
         with_kwargs=True,
     )
-    options = {"start": start, "first": [3, 4, 5]}
+    options = {"start_rule": start_rule, "first": [3, 4, 5]}
     try:
         found = decode_ids(lm, vectors, [6, 5, 4], **options)
         assert len(cached) == predicted
@@ -179,17 +179,17 @@ def test_a_batch_takes_one_forward_pass_for_each_token_that_it_predicts(start, m
     assert read == [first + i for i in range(predicted)]
 
 
-@pytest.mark.parametrize("start", ["vectors", "first-token"])
+@pytest.mark.parametrize("start_rule", ["vectors", "first-token"])
 @pytest.mark.parametrize("listed", [None, [[(2, 7)], [], [(1, 5), (3, 0)], [(0, 9)], [(2, 1)]]])
-def test_passages_are_decoded_alike_in_batches_of_any_size(start, listed):
+def test_passages_are_decoded_alike_in_batches_of_any_size(start_rule, listed):
     """Lengths, given tokens and corrections are those of each passage, not of its batch."""
     lm = tiny()
     vectors = torch.randn(5, 2, lm.width, generator=torch.Generator().manual_seed(2))
     lengths = [6, 5, 4, 3, 7]
-    options = {"start": start, "corrections": listed, "first": [3, 4, 5, 9, 10]}
+    options = {"start_rule": start_rule, "corrections": listed, "first": [3, 4, 5, 9, 10]}
     alone = decode_ids(lm, vectors, lengths, batch=1, **options)
     assert list(map(len, alone)) == lengths
-    if start == "first-token":
+    if start_rule == "first-token":
         assert [ids[0] for ids in alone] == [3, 4, 5, 9, 10]
     for batch in (2, 3, 32):
         assert decode_ids(lm, vectors, lengths, batch=batch, **options) == alone

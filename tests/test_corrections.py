@@ -95,7 +95,7 @@ def test_decoding_reads_the_corrected_token(family, rule):
         expected.append(ids)
     for cached in (True, False):
         found = decode_ids(
-            lm, vectors, [8] * 3, start=rule, first=first, corrections=fixed, cached=cached
+            lm, vectors, [8] * 3, start_rule=rule, first=first, corrections=fixed, cached=cached
         )
         assert found == expected
 

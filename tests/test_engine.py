@@ -265,10 +265,10 @@ def test_a_fixed_shape_stays_fixed(monkeypatch):
     lm, shapes = copy(tiny()), set()
     states = lm.states
 
-    def watched(vectors, ids, start):
+    def watched(vectors, ids, start_rule):
         if torch.is_grad_enabled():  # a step; certification asks for no gradients
             shapes.add(tuple(ids.shape))
-        return states(vectors, ids, start)
+        return states(vectors, ids, start_rule)
 
     monkeypatch.setattr(lm, "states", watched)
     engine = Engine(lm, QUICK, vectors=2, batch_size=3, fixed_shapes=True)
@@ -330,7 +330,9 @@ def test_the_measures_of_an_outcome_are_those_of_its_vectors(rule, vectors):
         assert m.margin == pytest.approx(float(margin.min()), abs=1e-4)
         assert m.accuracy == pytest.approx(float((margin > 0).double().mean()))
         first = [outcome.passage.ids[0]] if given else None
-        (decoded,) = decode_ids(lm, outcome.vectors[None], [n + given], start=rule, first=first)
+        (decoded,) = decode_ids(
+            lm, outcome.vectors[None], [n + given], start_rule=rule, first=first
+        )
         error = first_error(decoded, outcome.passage.ids)
         assert m.horizon == (n if error is None else error - given)
         assert outcome.exact == (error is None)
@@ -726,7 +728,7 @@ def test_vectors_that_are_not_finite_are_never_exact(rule, number):
     """Zeros are decoded in the place of such vectors. Here the zeros give the passage back, and the
     passage must not count as exact."""
     lm, zeros = tiny(), torch.zeros(1, 2, tiny().width)
-    passage = Passage(tuple(decode_ids(lm, zeros, [5], start=rule)[0]))
+    passage = Passage(tuple(decode_ids(lm, zeros, [5], start_rule=rule)[0]))
     failed = zeros[0].clone()
     failed[1, 3] = number
     finished = [

@@ -95,8 +95,8 @@ def test_decoding_gives_the_same_tokens_with_and_without_the_cache(family, rule)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     first = [3, 4, 5] if rule == "first-token" else None
     lengths = [9, 4, 7]
-    fast = decode_ids(lm, vectors, lengths, start=rule, first=first)
-    slow = decode_ids(lm, vectors, lengths, start=rule, first=first, cached=False)
+    fast = decode_ids(lm, vectors, lengths, start_rule=rule, first=first)
+    slow = decode_ids(lm, vectors, lengths, start_rule=rule, first=first, cached=False)
     assert fast == slow
     assert [len(ids) for ids in fast] == lengths
 

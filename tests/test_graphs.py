@@ -153,8 +153,8 @@ def test_the_check_of_a_replay_allows_what_a_step_differs_from_itself(monkeypatc
     lm = copy(tiny())
     states = lm.states
 
-    def unsteady(vectors, ids, start):
-        return states(vectors if vectors is None else Unsteady.apply(vectors), ids, start)
+    def unsteady(vectors, ids, start_rule):
+        return states(vectors if vectors is None else Unsteady.apply(vectors), ids, start_rule)
 
     monkeypatch.setattr(lm, "states", unsteady)
     engine = Engine(lm, replace(ENDLESS, steps=4), batch_size=2, graphs=True, fixed_shapes=True)
@@ -333,8 +333,8 @@ def test_a_step_that_reads_a_number_cannot_be_captured(monkeypatch):
     lm = copy(tiny())
     states = lm.states
 
-    def looking(vectors, ids, start):
-        return states(vectors, ids, start) * (1.0 if float(vectors.detach().sum()) else 2.0)
+    def looking(vectors, ids, start_rule):
+        return states(vectors, ids, start_rule) * (1.0 if float(vectors.detach().sum()) else 2.0)
 
     monkeypatch.setattr(lm, "states", looking)
     engine = Engine(lm, ENDLESS, graphs=True)

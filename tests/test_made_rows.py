@@ -318,11 +318,13 @@ def test_a_cost_is_the_sum_over_all_cells_and_passages_of_a_protocol(store):
     ]
 
 
-@pytest.mark.parametrize("start", ["vectors", "bos"])
-def test_with_a_bos_the_longest_length_is_still_that_of_the_grid(start, store):
+@pytest.mark.parametrize("start_rule", ["vectors", "bos"])
+def test_with_a_bos_the_longest_length_is_still_that_of_the_grid(start_rule, store):
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 3\n'
-    given = int(start == "bos")
-    data = made(store, spec, lambda cell, n: {"tokens": cell.length - given, "start_rule": start})
+    given = int(start_rule == "bos")
+    data = made(
+        store, spec, lambda cell, n: {"tokens": cell.length - given, "start_rule": start_rule}
+    )
     line = published_scaling(data.of("paper")).iloc[0]
     assert (line["longest"], line["tried"]) == (16, 16)
     drawn = data.of("paper").assign(tokens=[6, 7, 8, 14, 15, 16 - given])

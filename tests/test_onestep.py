@@ -165,7 +165,7 @@ def test_start_rules_with_given_tokens_are_refused(rule):
     lm = one_step(tiny())
     vectors = torch.stack([o.vectors for o in crammed("llama")])[:1]
     with pytest.raises(MemvecError, match="continues no given tokens"):
-        decode_ids(lm, vectors, [3], start=rule, first=[5])
+        decode_ids(lm, vectors, [3], start_rule=rule, first=[5])
     with pytest.raises(MemvecError, match="continues no given tokens"):
         next(Engine(lm, Recipe(start_rule=rule), vectors=2).run(ASKED[:3]))
 

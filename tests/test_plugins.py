@@ -433,7 +433,7 @@ CASES = {
     "a-function": ("term", lambda lm, module, recipe, K, start_rule: None),
     "too-wide": ("space", space("too-wide", inputs=None, opening=None)),
     "numbers-alone": ("space", space("numbers-alone")),
-    "no-opening": ("space", space("no-opening", inputs=lambda self, lm, vectors, ids, start: ids)),
+    "no-opening": ("space", space("no-opening", inputs=lambda self, lm, v, ids, start_rule: ids)),
     "no-reading": ("space", lambda lm, options: object()),
     "rebound": ("optimizer", of(Adam, step=rebound)),
     "below-zero": ("schedule", schedule(temperature=lambda self, state, margin: -margin)),

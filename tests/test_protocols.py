@@ -57,7 +57,7 @@ class Hardest(protocol.Protocol):
     class Options(protocol.Options):
         scale: float = Field(default=1.0, description="factor of the bits")
 
-    def extra(self, lm, sourced, outcome, start, options):
+    def extra(self, lm, sourced, outcome, start_rule, options):
         return {"hardest_bits": options["scale"] * float(outcome.scores.lm_bits.max())}
 
     def recompute(self, passage, stored):
@@ -100,7 +100,7 @@ def test_a_protocol_without_a_recomputation_is_named(
     class Hits(Protocol):
         extras: ClassVar = {"hits": "arg-max hits with the vectors"}
 
-        def extra(self, lm, sourced, outcome, start, options):
+        def extra(self, lm, sourced, outcome, start_rule, options):
             return {"hits": int((outcome.scores.margin > 0).sum())}
 
     spec = spec_in(tmp_path, SMALL.replace('"exact"', '"hits"'))
@@ -404,14 +404,14 @@ def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatc
 
 
 @pytest.mark.parametrize("name", ["upper-bound", "context", "copy"])
-@pytest.mark.parametrize("start", ["vectors", "first-token"])
-def test_a_passages_own_bos_does_not_change_its_bits_without_vectors(name, start):
+@pytest.mark.parametrize("start_rule", ["vectors", "first-token"])
+def test_a_passages_own_bos_does_not_change_its_bits_without_vectors(name, start_rule):
     """H_LM does not count that BOS, so no protocol may count it or read it twice."""
     lm, protocol = reader(), protocol_of(name)
     before, options = (7, 8, 9, 10), {"contexts": [3]}
     storage, rest = STORAGES["float32"], (5, 9, 6, 11)
     measured = []
-    for ids, rule in ((rest, "vectors"), ((lm.bos_id, *rest), start)):
+    for ids, rule in ((rest, "vectors"), ((lm.bos_id, *rest), start_rule)):
         crammed = Finished(
             Passage(ids), torch.ones(1, lm.width), "budget", 0.1, steps=0, spent=0, seconds=0.0
         )
@@ -426,7 +426,7 @@ def test_a_passages_own_bos_does_not_change_its_bits_without_vectors(name, start
     assert own_bits == pytest.approx(bits, abs=1e-4)
     if name == "upper-bound":
         assert own_extra == pytest.approx(extra, abs=1e-4)
-    elif start == "vectors":
+    elif start_rule == "vectors":
         ((least, hits),) = _pairs(extra)
         assert _pairs(own_extra) == [[pytest.approx(least, abs=1e-4), hits + 1]]
 

@@ -27,7 +27,7 @@ def test_the_engine_with_the_papers_recipe_equals_the_reference(family, rule, K)
     for passage in asked:
         (first,) = start_vectors(lm, [passage.ids], K, recipe)
         vectors, right, losses = cram_one(
-            lm, list(passage.ids), first, start=rule, steps=25, lr=1e-3
+            lm, list(passage.ids), first, start_rule=rule, steps=25, lr=1e-3
         )
         outcome = outcomes[passage.ids]
         assert outcome.steps == len(losses) - 1
@@ -40,12 +40,14 @@ def test_the_reference_crams_a_passage_that_decodes(rule):
     """The loss falls, and the returned vectors decode freely."""
     lm, (passage,) = tiny(), passages(4, seed=22)
     (first,) = start_vectors(lm, [passage.ids], 2, Recipe.of("paper"))
-    vectors, right, losses = cram_one(lm, list(passage.ids), first, start=rule, lr=0.1, steps=400)
+    vectors, right, losses = cram_one(
+        lm, list(passage.ids), first, start_rule=rule, lr=0.1, steps=400
+    )
     given = int(rule == "first-token")
     assert right == len(passage) - given
     assert losses[-1] < losses[0]
     first_token = [passage.ids[0]] if given else None
-    (decoded,) = decode_ids(lm, vectors[None], [4], start=rule, first=first_token)
+    (decoded,) = decode_ids(lm, vectors[None], [4], start_rule=rule, first=first_token)
     assert decoded == list(passage.ids)
 
 

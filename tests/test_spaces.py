@@ -83,7 +83,7 @@ def test_logits_and_decoding_in_a_space_are_those_of_the_models_own_forward(reci
     first = [before[0] for before in given] if rule == "first-token" else None
     for cached in (True, False):
         lengths = [9 + int(rule == "first-token")] * 3
-        options = {"start": rule, "first": first, "cached": cached}
+        options = {"start_rule": rule, "first": first, "cached": cached}
         decoded = decode_ids(view, vectors, lengths, **options)
         assert [ids[-9:] for ids in decoded] == greedy
 

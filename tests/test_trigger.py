@@ -120,7 +120,7 @@ def test_soft_tokens_equal_to_embeddings_are_read_as_those_tokens(space, family)
     ours = three.logits(vectors[:1], ids[:1], "bos")[0]
     torch.testing.assert_close(ours.double(), torch.tensor(table[-5:-1]), atol=2e-4, rtol=1e-3)
     for cached in (True, False):
-        (decoded,) = decode_ids(three, vectors[:1], [6], start="bos", cached=cached)
+        (decoded,) = decode_ids(three, vectors[:1], [6], start_rule="bos", cached=cached)
         assert decoded == slow.greedy(three, vectors[0], list(three.trigger), 6)
 
 
@@ -146,17 +146,19 @@ def test_a_front_is_read_as_vectors_in_its_place(family, front, P):
     table = slow.logits(view, vectors[0], [*view.trigger, *ids[0].tolist()])
     ours = view.logits(vectors[:1], ids[:1], "bos")[0]
     torch.testing.assert_close(ours.double(), torch.tensor(table[-5:-1]), atol=2e-4, rtol=1e-3)
-    decoded = decode_ids(view, vectors, [6] * 3, start="bos")
-    assert decoded == decode_ids(plain, longer, [6] * 3, start="bos")
+    decoded = decode_ids(view, vectors, [6] * 3, start_rule="bos")
+    assert decoded == decode_ids(plain, longer, [6] * 3, start_rule="bos")
     words = torch.tensor([[1, 2, 3]])
     context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words)
     assert torch.equal(context, log_p_after(lm, longer[:1], words))
 
 
-@pytest.mark.parametrize("start", ["bos", "vectors", "first-token"])
+@pytest.mark.parametrize("start_rule", ["bos", "vectors", "first-token"])
 @pytest.mark.parametrize(("front", "P"), [("none", 2), ("bos", 0), ("bos", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_front_in_the_cache_gives_the_states_and_gradients_of_the_front(family, front, P, start):
+def test_a_front_in_the_cache_gives_the_states_and_gradients_of_the_front(
+    family, front, P, start_rule
+):
     """A step then reads only the inputs after the front."""
     lm = tiny(family)
     view = with_trigger(with_front(lm, front), soft_for(lm, 3, P))
@@ -165,11 +167,11 @@ def test_a_front_in_the_cache_gives_the_states_and_gradients_of_the_front(family
         assert once is view
         return
     F = len(view.front)
-    assert view.inputs_before(2, start) - once.inputs_before(2, start) == F
+    assert view.inputs_before(2, start_rule) - once.inputs_before(2, start_rule) == F
     ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(3, 2, lm.width, generator=generator).requires_grad_()
-    whole, after = view.states(vectors, ids, start), once.states(vectors, ids, start)
+    whole, after = view.states(vectors, ids, start_rule), once.states(vectors, ids, start_rule)
     torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-4)
     slope = torch.randn(whole.shape, generator=generator)
     slopes = [torch.autograd.grad(states, vectors, slope)[0] for states in (whole, after)]

@@ -1157,4 +1157,4 @@ def test_the_exact_only_control_is_exact_after_the_same_trigger(vectors, trigger
         if rows is not None:
             assert rows.shape == mem.vectors.shape[1:]
             assert torch.equal(mem.storage.rounded(rows), rows)  # in the file's storage format
-            assert decode_ids(view, rows[None], [len(ids)], start="bos") == [list(ids)]
+            assert decode_ids(view, rows[None], [len(ids)], start_rule="bos") == [list(ids)]

@@ -32,7 +32,7 @@ def decode_ids(
     vectors: Float[Tensor, "P K D"],
     lengths: Sequence[int],
     *,
-    start: StartRule = "vectors",
+    start_rule: StartRule = "vectors",
     first: Sequence[int] | None = None,
     corrections: Sequence[Iterable[tuple[int, int]]] | None = None,
     batch: int = BATCH,
@@ -48,7 +48,7 @@ def decode_ids(
     BOS or trigger, and for a start rule that the layout or space does not support.
     """
     if not lm.reading.feeds_back:
-        decoded_at_once = _decode_in_one_pass(lm, vectors, lengths, start, batch)
+        decoded_at_once = _decode_in_one_pass(lm, vectors, lengths, start_rule, batch)
         for ids, listed in zip(decoded_at_once, corrections or [], strict=False):
             for position, token in listed:
                 ids[position] = token
@@ -57,17 +57,17 @@ def decode_ids(
     def work(rows: slice) -> list[list[int]]:
         # Only 'first-token' uses the values of `given`; otherwise its shape is the number of rows.
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
-        start_tokens = lm.start_ids(given.to(lm.device), start)
-        predicted = max(lengths[rows]) - (start == "first-token")
+        start_tokens = lm.start_ids(given.to(lm.device), start_rule)
+        predicted = max(lengths[rows]) - (start_rule == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
-        fixed = fixed_tokens(listed, predicted, skip=int(start == "first-token")).to(lm.device)
+        fixed = fixed_tokens(listed, predicted, skip=int(start_rule == "first-token")).to(lm.device)
         inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), start_tokens)
 
         def choose(logits: Tensor, i: int) -> Tensor:
             return torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
 
         tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached=cached, cache=cache))
-        if start == "first-token":
+        if start_rule == "first-token":
             tokens.insert(0, start_tokens[:, 0])
         decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
         return [row[:n] for row, n in zip(decoded, lengths[rows], strict=True)]
@@ -79,7 +79,7 @@ def _decode_in_one_pass(
     lm: FrozenLM,
     vectors: Float[Tensor, "P K D"],
     lengths: Sequence[int],
-    start: StartRule,
+    start_rule: StartRule,
     batch: int,
 ) -> list[list[int]]:
     """Token ids of P passages from one forward pass per batch; no token is fed back."""
@@ -87,7 +87,7 @@ def _decode_in_one_pass(
     def work(rows: slice) -> list[list[int]]:
         part = vectors[rows].to(lm.device)
         blank = torch.zeros(len(part), max(lengths[rows]), dtype=torch.long, device=lm.device)
-        states = lm.states(part, blank, start)
+        states = lm.states(part, blank, start_rule)
         # One passage at a time, since the logits (B, T, V) of all may not fit in memory.
         own = (row[:n] for row, n in zip(states, lengths[rows], strict=True))
         return [lm.head(row).argmax(-1).tolist() for row in own]

@@ -53,7 +53,7 @@ METHODS = {
     "space": {
         "numbers": "lm",
         "begun_at": "lm, vectors",
-        "inputs": "lm, vectors, ids, start",
+        "inputs": "lm, vectors, ids, start_rule",
         "opening": "lm, vectors, given",
     },
 }

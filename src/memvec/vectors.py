@@ -223,7 +223,7 @@ class MemVectors:
         first = [min(p.first or 0, last_id) for p in self.passages]
         listed = [[(at, min(token, last_id)) for at, token in p.corrections] for p in self.passages]
         rows = self.vectors.float()
-        return decode_ids(lm, rows, lengths, start=rule, first=first, corrections=listed)
+        return decode_ids(lm, rows, lengths, start_rule=rule, first=first, corrections=listed)
 
     def view(self, lm: FrozenLM) -> FrozenLM:
         """A view of the model with the header's layout, space, front, trigger and context scale.

@@ -34,7 +34,7 @@ class OneStepReading(Reading):
         lm: FrozenLM,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
         """[e, m x (T - 1)]; without vectors, the inputs of `Reading`.
 
@@ -42,20 +42,20 @@ class OneStepReading(Reading):
         vectors than two, and for another start rule than 'vectors'.
         """
         if vectors is None:
-            return super().inputs(lm, vectors, ids, start)
+            return super().inputs(lm, vectors, ids, start_rule)
         if vectors.shape[1] != 2:
             raise MemvecError(
                 f"one-step decoding takes two vectors, e and m, not {vectors.shape[1]}."
             )
-        if start != "vectors":
+        if start_rule != "vectors":
             raise MemvecError(
                 "one-step decoding continues no given tokens: use the start rule "
-                f"'vectors', not '{start}'."
+                f"'vectors', not '{start_rule}'."
             )
         vectors = vectors.to(lm.dtype)
         return torch.cat([vectors[:, :1], vectors[:, 1:].expand(-1, ids.shape[1] - 1, -1)], dim=1)
 
-    def inputs_before(self, K: int, start: StartRule) -> int:
+    def inputs_before(self, K: int, start_rule: StartRule) -> int:
         """0: each input predicts a token."""
         return 0
 

@@ -25,7 +25,7 @@ def cram_one(
     ids: list[int],
     initial: Float[Tensor, "K D"],
     *,
-    start: StartRule = "vectors",
+    start_rule: StartRule = "vectors",
     steps: int = 4999,
     patience: int = 2000,
     lr: float = 0.01,
@@ -34,16 +34,17 @@ def cram_one(
 
     Returns the best vectors (K, D), their number of right tokens with teacher forcing, and the loss
     (nats per token) of every step. It stops when all tokens are right, after `steps` moves, or
-    after `patience` measurements without more right tokens than before. `start` says what follows
-    the vectors: nothing, the model's BOS, or the passage's first token, which is then given.
+    after `patience` measurements without more right tokens than before. `start_rule` says what
+    follows the vectors: nothing, the model's BOS, or the passage's first token, which is then
+    given.
     """
     tokens = torch.tensor([ids], device=lm.device)  # (1, T)
-    predicted = tokens[:, 1:] if start == "first-token" else tokens
+    predicted = tokens[:, 1:] if start_rule == "first-token" else tokens
     vectors = initial.to(lm.device).float()[None].clone().requires_grad_()  # (1, K, D)
     optimizer = torch.optim.AdamW([vectors], lr=lr, betas=(0.9, 0.9), weight_decay=0.01)
     best, best_right, stale, losses = vectors.detach().clone(), -1, 0, []
     while True:
-        logits = lm.logits(vectors, tokens, start)  # (1, N, V); N = T, or T - 1 if one is given
+        logits = lm.logits(vectors, tokens, start_rule)  # (1, N, V); N = T, or T - 1: one is given
         loss = cross_entropy(logits[0], predicted[0])
         right = int((logits.argmax(-1) == predicted).sum())
         losses.append(loss.item())

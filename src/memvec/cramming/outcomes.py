@@ -78,7 +78,7 @@ class Outcome(Finished):
 def outcomes_of(
     lm: FrozenLM,
     finished: Sequence[Finished],
-    start: StartRule,
+    start_rule: StartRule,
     storage: Storage,
     corrections: int | Sequence[Corrections] = 0,
 ) -> Iterator[Outcome]:
@@ -94,8 +94,8 @@ def outcomes_of(
     passages = [f.passage for f in finished]
     finite = torch.isfinite(vectors).flatten(1).all(1)
     vectors = torch.where(finite[:, None, None], vectors, 0.0)
-    given = int(start == "first-token")
-    batch = position_scores(lm, vectors, passages, start)
+    given = int(start_rule == "first-token")
+    batch = position_scores(lm, vectors, passages, start_rule)
     scores = [batch[i, : len(f.passage) - given] for i, f in enumerate(finished)]
     if isinstance(corrections, int):
         n, pairs = corrections, zip(finished, scores, strict=True)
@@ -104,8 +104,8 @@ def outcomes_of(
         lm,
         vectors,
         [len(p) for p in passages],
-        start=start,
-        first=[p.ids[0] for p in passages] if start == "first-token" else None,
+        start_rule=start_rule,
+        first=[p.ids[0] for p in passages] if start_rule == "first-token" else None,
         corrections=corrections,
     )
     for f, stored, ids, score, fixed in zip(
@@ -125,7 +125,10 @@ def outcomes_of(
 
 @torch.no_grad()
 def position_scores(
-    lm: FrozenLM, vectors: Float[Tensor, "B K D"], passages: Sequence[Passage], start: StartRule
+    lm: FrozenLM,
+    vectors: Float[Tensor, "B K D"],
+    passages: Sequence[Passage],
+    start_rule: StartRule,
 ) -> PositionScores:
     """Teacher-forced scores (B, N) of every predicted position, with the vectors and without.
 
@@ -135,9 +138,10 @@ def position_scores(
     log2 V bits without vectors. Rows of shorter passages are right-padded, and values in the
     padding have no meaning.
     """
-    B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
+    B, longest = len(passages), max(map(len, passages))
+    given = int(start_rule == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)
-    states, measured = lm.states(vectors.to(lm.device), ids, start), (surprisal, margins)
+    states, measured = lm.states(vectors.to(lm.device), ids, start_rule), (surprisal, margins)
     bits, margin = at_states(lm, states, ids[:, given:], *measured)
     if given or lm.bos_id is not None:
         # `bos` is true for passages that begin with BOS, and false for all if the first token is

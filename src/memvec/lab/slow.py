@@ -38,7 +38,7 @@ class SlowPassage:
     tokens are not predicted. `lm_bits` (N,) and `lm_margin` (N,) belong to the N predicted
     positions, in bits and logits; sums of bits may differ by `bits_tolerance`. `options` are those
     of the protocol. `vectors` (K, D) are the stored ones in float32; `lm` has the trigger that they
-    were crammed with, and `start` is their start rule.
+    were crammed with, and `start_rule` is their start rule.
     """
 
     lm: FrozenLM
@@ -51,7 +51,7 @@ class SlowPassage:
     bits_tolerance: float
     options: dict[str, Any]
     vectors: Tensor
-    start: str = "vectors"
+    start_rule: str = "vectors"
 
     @property
     def own_bos(self) -> bool:
@@ -140,11 +140,11 @@ def bits_and_margins(table: Floats, ids: Sequence[int]) -> tuple[Floats, Floats]
 
 
 def teacher_forced(
-    lm: FrozenLM, vectors: Tensor, ids: Sequence[int], start: str
+    lm: FrozenLM, vectors: Tensor, ids: Sequence[int], start_rule: str
 ) -> tuple[Floats, Floats]:
     """Bits and margins of the predicted tokens after the vectors (K, D) and the start token."""
-    given = int(start == "first-token")
-    middle = list(lm.trigger) if start == "bos" else []
+    given = int(start_rule == "first-token")
+    middle = list(lm.trigger) if start_rule == "bos" else []
     n = len(ids) - given
     table = logits(lm, vectors.float(), [*middle, *ids])[-n - 1 : -1]
     return bits_and_margins(table, tuple(ids)[given:])

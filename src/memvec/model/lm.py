@@ -214,14 +214,14 @@ class FrozenLM:
         self,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N H"]:
         """Hidden states at the predicting positions, N = T (T - 1 for 'first-token').
 
         `head` turns them into logits. For a model without a split head they are already the
         logits, and `head` returns them unchanged.
         """
-        return self.reading.states(self, vectors, ids, start)
+        return self.reading.states(self, vectors, ids, start_rule)
 
     def states_of(
         self, inputs: Float[Tensor, "B N D"], keep: int, cache: Any = None
@@ -236,10 +236,11 @@ class FrozenLM:
                 out = self.model(inputs_embeds=inputs, **options).logits[:, -keep:]
         return out.to(self.device)  # a device_map may put the last layer on another device
 
-    def inputs_before(self, K: int, start: StartRule) -> int:
+    def inputs_before(self, K: int, start_rule: StartRule) -> int:
         """Number of inputs of a forward pass besides one for each predicted token."""
-        further = len(self.trigger) - 1 if start == "bos" else 0  # the reading counts one token
-        return len(self.front) + self.reading.inputs_before(K, start) + further
+        # The reading counts one token of the trigger.
+        further = len(self.trigger) - 1 if start_rule == "bos" else 0
+        return len(self.front) + self.reading.inputs_before(K, start_rule) + further
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""
@@ -249,15 +250,15 @@ class FrozenLM:
         self,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N V"]:
         """Logits in float32 of the predicted tokens, N as for `states` (the reference path).
 
-        Without vectors, `start` is ignored: BOS comes first, or the first token without a BOS.
+        Without vectors, `start_rule` is ignored: BOS comes first, or the first token without a BOS.
         """
         if vectors is None:
-            start = "first-token" if self.bos_id is None else "bos"
-        return self.head(self.states(vectors, ids, start))
+            start_rule = "first-token" if self.bos_id is None else "bos"
+        return self.head(self.states(vectors, ids, start_rule))
 
     def own_logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Float32 logits of the model's own forward pass on tokens, the reference for checks."""
@@ -284,20 +285,20 @@ class FrozenLM:
             yield
 
     def start_ids(
-        self, ids: Int[Tensor, "B T"], start: StartRule, *, alone: bool = False
+        self, ids: Int[Tensor, "B T"], start_rule: StartRule, *, alone: bool = False
     ) -> Int[Tensor, "B n"]:
         """The tokens between the vectors and the first predicted token.
 
         `alone` is for passages without vectors, which the model reads after BOS whatever the
         trigger is. Raises MemvecError for 'bos' without such a token.
         """
-        if start == "bos":
+        if start_rule == "bos":
             tokens = self._bos if alone else self.trigger
             if not tokens:
                 raise MemvecError(f"{self.name} has no BOS token: use the start rule 'vectors'.")
             # `new_full` fills on the device: a copy from the CPU would make a GPU wait.
             return torch.cat([ids.new_full((len(ids), 1), token) for token in tokens], 1)
-        return ids[:, : int(start == "first-token")]
+        return ids[:, : int(start_rule == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:
         """A view that computes with `model`, a copy of the weights in another dtype.

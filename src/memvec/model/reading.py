@@ -57,11 +57,11 @@ class Reading:
         lm: FrozenLM,
         vectors: Float[Tensor, "B K W"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule,
+        start_rule: StartRule,
     ) -> Float[Tensor, "B N H"]:
         """Hidden states at the predicting positions (N as in `FrozenLM.states`)."""
-        keep, cache = ids.shape[1] - (start == "first-token"), self.cache(lm, vectors)
-        return lm.states_of(self.inputs(lm, vectors, ids, start), keep, cache)
+        keep, cache = ids.shape[1] - (start_rule == "first-token"), self.cache(lm, vectors)
+        return lm.states_of(self.inputs(lm, vectors, ids, start_rule), keep, cache)
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
         """The model's cache in front of the inputs; None: an empty cache."""
@@ -82,26 +82,29 @@ class Reading:
         lm: FrozenLM,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
         """The inputs of a teacher-forced pass: the model's front, the vectors, and tokens.
 
-        `start` says what is between the vectors and the first predicted token: nothing ('vectors':
-        the last vector predicts token 1), BOS or another trigger ('bos'), or the passage's first
-        token ('first-token': tokens 2 to T are predicted). Without vectors, use 'bos' or
-        'first-token'. Raises MemvecError for 'bos' without a BOS token and for an unknown rule.
+        `start_rule` says what is between the vectors and the first predicted token: nothing
+        ('vectors': the last vector predicts token 1), BOS or another trigger ('bos'), or the
+        passage's first token ('first-token': tokens 2 to T are predicted). Without vectors, use
+        'bos' or 'first-token'. Raises MemvecError for 'bos' without a BOS token and for an unknown
+        rule.
         """
-        if start not in START_RULES:
-            raise MemvecError(f"unknown start rule '{start}': {did_you_mean(start, START_RULES)}")
+        if start_rule not in START_RULES:
+            raise MemvecError(
+                f"unknown start rule '{start_rule}': {did_you_mean(start_rule, START_RULES)}"
+            )
         parts = [] if vectors is None else [lm.after_front(vectors)]
-        if start == "bos":
-            parts.append(lm.embed(lm.start_ids(ids, start, alone=vectors is None)))
+        if start_rule == "bos":
+            parts.append(lm.embed(lm.start_ids(ids, start_rule, alone=vectors is None)))
         parts.append(lm.embed(ids[:, :-1]))
         return torch.cat(parts, dim=1)
 
-    def inputs_before(self, K: int, start: StartRule) -> int:
+    def inputs_before(self, K: int, start_rule: StartRule) -> int:
         """Number of inputs of a forward pass besides one for each predicted token."""
-        return K - 1 + (start != "vectors")
+        return K - 1 + (start_rule != "vectors")
 
     def context(self, lm: FrozenLM) -> int | None:
         """Largest number of inputs that the model can read; None without a limit."""

@@ -127,7 +127,7 @@ class KeysValues(Reading):
         """W: the sum over trained layers of the numbers of keys and values at one position."""
         return len(self.entries.unit)
 
-    def inputs_before(self, K: int, start: StartRule) -> int:
+    def inputs_before(self, K: int, start_rule: StartRule) -> int:
         """0: the prefix consists of keys and values, not of inputs."""
         return 0
 
@@ -148,17 +148,17 @@ class KeysValues(Reading):
         lm: FrozenLM,
         vectors: Float[Tensor, "B K W"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
         """The embedded tokens only; keys and values are in the cache, before the inputs.
 
         Raises MemvecError for the start rule 'vectors'.
         """
         if vectors is None:
-            return super().inputs(lm, None, ids, start)
-        if start == "vectors":
+            return super().inputs(lm, None, ids, start_rule)
+        if start_rule == "vectors":
             raise MemvecError(_nothing_before(self.space))
-        given = lm.start_ids(ids, start) if start == "bos" else ids[:, :0]
+        given = lm.start_ids(ids, start_rule) if start_rule == "bos" else ids[:, :0]
         return lm.embed(torch.cat([given, ids[:, :-1]], 1))
 
     def opening(

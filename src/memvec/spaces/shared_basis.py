@@ -63,10 +63,11 @@ class SharedBasis(Reading):
         lm: FrozenLM,
         vectors: Float[Tensor, "B K d"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
         """The inputs of `Reading`, with vectors computed from the coefficients."""
-        return super().inputs(lm, None if vectors is None else self.vectors_of(vectors), ids, start)
+        vectors = None if vectors is None else self.vectors_of(vectors)
+        return super().inputs(lm, vectors, ids, start_rule)
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K d"], given: Int[Tensor, "B n"]

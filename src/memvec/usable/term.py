@@ -111,8 +111,8 @@ class Use(Term):
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """Forward-backward tokens per step: the vectors, if they are inputs, and a query."""
-        start: StartRule = "first-token" if self.given else "vectors"
-        before = self.module.inputs_before(self.K, start) - self.given
+        start_rule: StartRule = "first-token" if self.given else "vectors"
+        before = self.module.inputs_before(self.K, start_rule) - self.given
         before += self.neighbours.max_inputs if self.neighbours else 0  # all rows have this length
         return torch.full_like(counted, before + self.recipe.query_tokens)
 

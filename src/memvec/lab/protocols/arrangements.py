@@ -55,15 +55,15 @@ class Arranged(OneStepReading):
         lm: FrozenLM,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
+        start_rule: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
         """The inputs (B, N, D): the vectors in this order, or without vectors the tokens as usual.
 
         Raises MemvecError for another number of vectors or a start rule that adds tokens.
         """
         if vectors is None:
-            return super().inputs(lm, vectors, ids, start)
-        if vectors.shape[1] != self.fixed_vectors or start != "vectors":
+            return super().inputs(lm, vectors, ids, start_rule)
+        if vectors.shape[1] != self.fixed_vectors or start_rule != "vectors":
             raise MemvecError(
                 f"the arrangement '{self.arrangement}' takes {self.fixed_vectors} vectors, and no "
                 "tokens after them."
@@ -71,6 +71,6 @@ class Arranged(OneStepReading):
         order = torch.tensor(self.order(ids.shape[1]), device=vectors.device)
         return vectors.to(lm.dtype)[:, order]
 
-    def inputs_before(self, K: int, start: StartRule) -> int:
+    def inputs_before(self, K: int, start_rule: StartRule) -> int:
         """1 for [e][m] × N, whose first input predicts no token; 0 for the others."""
         return int(self.arrangement == "m-for-each")

@@ -41,7 +41,7 @@ class Book(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         return {"book_tokens": sourced.whole if isinstance(sourced, Block) else None}

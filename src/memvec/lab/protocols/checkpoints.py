@@ -57,7 +57,7 @@ class Checkpoints(Exact):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         sizes = {"width": lm.width, "layers": int(lm.config.get_text_config().num_hidden_layers)}

@@ -56,10 +56,10 @@ class Context(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        ids, before, given = sourced.passage.ids, sourced.before, int(start == "first-token")
+        ids, before, given = sourced.passage.ids, sourced.before, int(start_rule == "first-token")
         return {
             "after_context": {
                 str(n): list(bits_after(lm, before[-n:] if n else (), ids, given))

@@ -50,13 +50,13 @@ class Copy(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         ids, prefix = sourced.passage.ids, _prefix(lm, sourced.passage.ids)
         if _too_long(lm, prefix, ids):
             return {"after_copy": None}
-        return {"after_copy": list(bits_after(lm, prefix, ids, int(start == "first-token")))}
+        return {"after_copy": list(bits_after(lm, prefix, ids, int(start_rule == "first-token")))}
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
         prefix = _prefix(passage.lm, passage.ids)

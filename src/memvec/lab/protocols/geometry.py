@@ -50,22 +50,22 @@ class Geometry(Protocol):
 
     @torch.no_grad()
     def between(
-        self, lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start_rule: StartRule
     ) -> list[float]:
         """Teacher-forced accuracy at evenly spaced points from solution a to b, (K, D) each."""
         t = torch.linspace(0, 1, POINTS)[:, None, None]
         line = (1 - t) * a.float() + t * b.float()
-        margin = position_scores(lm, line, [passage] * POINTS, start).margin
+        margin = position_scores(lm, line, [passage] * POINTS, start_rule).margin
         return [teacher_forced_accuracy(row > 0) for row in margin]
 
     def recompute_between(
-        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str, points: int
     ) -> tuple[list[float], list[float]]:
         accuracy, allowed = [], []
         for i in range(points):
             t = i / (points - 1)
             vectors = (1 - t) * a.float() + t * b.float()
-            _, margin = slow.teacher_forced(lm, vectors, ids, start)
+            _, margin = slow.teacher_forced(lm, vectors, ids, start_rule)
             accuracy.append(float((margin > 0).mean()))
             allowed.append(int((np.abs(margin) < slow.TIE).sum()) / len(margin) + 1e-6)
         return accuracy, allowed

@@ -35,9 +35,9 @@ class Paper(Protocol):
 
     plane = "threshold"
 
-    def tokens(self, length: int, K: int, start: StartRule) -> int:
+    def tokens(self, length: int, K: int, start_rule: StartRule) -> int:
         """`length`, less one where BOS counts as the first of the paper's tokens."""
-        return max(length - (start == "bos"), 1)
+        return max(length - (start_rule == "bos"), 1)
 
     def capacity(self, rows: pd.DataFrame) -> Capacity | None:
         longest = paper_result(rows).longest

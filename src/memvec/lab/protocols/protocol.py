@@ -11,7 +11,7 @@ the decoding and the common measurements in the same way for all. Another packag
     class Mine(Protocol):
         extras = {"hits": "arg-max hits with the vectors, tokens"}
 
-        def extra(self, lm, sourced, outcome, start, options):
+        def extra(self, lm, sourced, outcome, start_rule, options):
             return {"hits": int((outcome.scores.margin > 0).sum())}
 
 Ray workers import only the modules that `memvec.plugins` entry points name.
@@ -120,7 +120,7 @@ class Protocol:
         """The files that the options name, whose hashes are in the cell's key."""
         return {}
 
-    def tokens(self, length: int, K: int, start: StartRule) -> int:
+    def tokens(self, length: int, K: int, start_rule: StartRule) -> int:
         """Tokens of a passage for a length of the spec."""
         return length
 
@@ -143,7 +143,7 @@ class Protocol:
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         """The protocol's extra measurements of a passage, by the names of `extras` (JSON values).
@@ -159,12 +159,12 @@ class Protocol:
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         recipe: Recipe,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         """`extra`; a protocol that crams again, and so needs the cell's recipe, overrides this."""
-        return self.extra(lm, sourced, outcome, start, options)
+        return self.extra(lm, sourced, outcome, start_rule, options)
 
     def between(
         self,
@@ -172,7 +172,7 @@ class Protocol:
         passage: Passage,
         a: Tensor,
         b: Tensor,
-        start: StartRule,
+        start_rule: StartRule,
     ) -> list[float]:
         """Measure two restarts of a passage, from their vectors `a` and `b` (K, D).
 
@@ -201,7 +201,7 @@ class Protocol:
         return [min(i, 1) for i in range(predicted)]
 
     def recompute_between(
-        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str, points: int
     ) -> tuple[list[float], list[float]]:
         """Recompute `between` slowly: (values, how far each may differ)."""
         raise NotImplementedError

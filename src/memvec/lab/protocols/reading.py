@@ -73,10 +73,10 @@ class ReadingProtocol(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        if start != "bos":
+        if start_rule != "bos":
             raise MemvecError("protocol 'reading' needs a BOS token after the vectors.")
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
         layers, K = layer_count(lm), len(vectors)

@@ -105,7 +105,7 @@ class Recurrent(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         recipe: Recipe,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Spaces(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         ids, vectors = sourced.passage.ids, outcome.vectors.float()

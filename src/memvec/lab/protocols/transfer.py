@@ -94,7 +94,7 @@ class TransferProtocol(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         recipe: Recipe,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:

@@ -80,15 +80,16 @@ class UpperBound(Protocol):
         lm: FrozenLM,
         sourced: SourcedPassage,
         outcome: Outcome,
-        start: StartRule,
+        start_rule: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         scores = outcome.scores
         assert scores is not None, "an outcome that comes from the engine has its scores"
         raised = raised_logit_bits(scores.lm_bits, scores.lm_margin)
-        raised = raised[int(lm.bos_id is None and start != "first-token") :]  # as `_least_moved`
+        given = int(start_rule == "first-token")
+        raised = raised[int(lm.bos_id is None and not given) :]  # as `_least_moved`
         return {
-            "least_moved_bits": _least_moved(lm, sourced.passage.ids, int(start == "first-token")),
+            "least_moved_bits": _least_moved(lm, sourced.passage.ids, given),
             "needed_bits": float(raised.sum()),
         }
 

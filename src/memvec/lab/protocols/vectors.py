@@ -36,7 +36,7 @@ class Vectors(Protocol):
     preset = "default"
     measures_horizon = True
 
-    def tokens(self, length: int, K: int, start: StartRule) -> int:
+    def tokens(self, length: int, K: int, start_rule: StartRule) -> int:
         """`length` tokens per vector."""
         return length * K
 

@@ -32,7 +32,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
-from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
+from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule_of
 from memvec.lab.study.spec import ModelKey
 from memvec.lab.study.store import Store
 from memvec.lab.study.stored_model import by_model, cell_of, model_of
@@ -322,7 +322,7 @@ def _check_pairs(
             continue
         view = view_for(lm, cell.to_recipe())
         again, allowed = protocol_of(cell.protocol).recompute_between(
-            view, ids, a, b, start_rule(view, cell), len(stored)
+            view, ids, a, b, start_rule_of(view, cell), len(stored)
         )
         gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
         worst["paths"] = max(worst.get("paths", 0.0), *gaps)

@@ -90,7 +90,7 @@ class Pool(Protocol):
         """Rows of all units, in any order."""
 
     def between(
-        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start_rule: StartRule
     ) -> list[float]:
         """Measure two restarts of a passage by a cell's protocol, from their vectors (K, D)."""
 
@@ -128,11 +128,11 @@ class LocalPool:
             yield from (row for _, row in unit.work(self.lm, "local", on_progress))
 
     def between(
-        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start_rule: StartRule
     ) -> list[float]:
         """Measure two restarts `a`, `b` (K, D) of a passage, with the cell's trigger and front."""
         view = view_for(self.lm, cell.to_recipe())
-        values: list[float] = protocol_of(cell.protocol).between(view, passage, a, b, start)
+        values: list[float] = protocol_of(cell.protocol).between(view, passage, a, b, start_rule)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:

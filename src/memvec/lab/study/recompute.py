@@ -52,12 +52,12 @@ def recompute(
 
     `tie` is a margin of about zero, logits; `bits_limit` how far sums may differ, bits per token.
     """
-    start = start_rule(lm, cell)
+    start_rule = start_rule_of(lm, cell)
     lm = view_for(lm, cell.to_recipe())
-    given = int(start == "first-token")
+    given = int(start_rule == "first-token")
     n, front = len(ids) - given, vectors.float()
-    after = _with_vectors(lm, cell, front, ids, start)
-    lm_bits, lm_margin = _alone(lm, ids, start)
+    after = _with_vectors(lm, cell, front, ids, start_rule)
+    lm_bits, lm_margin = _alone(lm, ids, start_rule)
     passage = SlowPassage(
         lm,
         ids=ids,
@@ -68,11 +68,11 @@ def recompute(
         bits_tolerance=bits_limit * n,
         options=cell.options,
         vectors=front,
-        start=start,
+        start_rule=start_rule,
     )
     margins = tuple(_margins(cell.recipe, lm.logit_spread))
     retries = _retries(margins, row["margin_asked"])
-    between = len(lm.trigger) if start == "bos" else given
+    between = len(lm.trigger) if start_rule == "bos" else given
     return Slow(
         columns=_columns(passage, after, int(row["horizon"])),
         steps=(retries, int(cell.recipe["steps"])),
@@ -111,7 +111,7 @@ def _columns(passage: SlowPassage, after: _Decoded, horizon: int) -> dict[str, A
         "passage": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
         "tokens": len(ids),
         "predicted": n,
-        "start_rule": passage.start,
+        "start_rule": passage.start_rule,
         "exact": leading == n,
         "horizon": leading,
         "accuracy": float(right.mean()),
@@ -127,10 +127,10 @@ def _columns(passage: SlowPassage, after: _Decoded, horizon: int) -> dict[str, A
 
 
 def _with_vectors(
-    lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start: str
+    lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start_rule: str
 ) -> _Decoded:
     """Bits, margins and free decoding after the vectors `front` (K, D)."""
-    given = int(start == "first-token")
+    given = int(start_rule == "first-token")
     n = len(ids) - given
     order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
     if order is not None:
@@ -138,22 +138,22 @@ def _with_vectors(
         bits, margin = slow.bits_and_margins(table, ids[given:])
         decoded = [int(token) for token in table.argmax(1)]
         return _Decoded(bits, margin, decoded, len(order) - n)
-    bits, margin = slow.teacher_forced(lm, front, ids, start)
-    middle = list(lm.trigger) if start == "bos" else []
+    bits, margin = slow.teacher_forced(lm, front, ids, start_rule)
+    middle = list(lm.trigger) if start_rule == "bos" else []
     decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
     # The start token is counted separately.
     before = -1 if lm.reading.space.startswith("prefix") else len(lm.front) + cell.vectors - 1
     return _Decoded(bits, margin, decoded, before)
 
 
-def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:
+def _alone(lm: FrozenLM, ids: tuple[int, ...], start_rule: str) -> tuple[Floats, Floats]:
     """Bits and margins (N,) of the model without vectors."""
-    n = len(ids) - int(start == "first-token")
-    if start != "first-token" and ids[0] == lm.bos_id:  # the passage's BOS is given
+    n = len(ids) - int(start_rule == "first-token")
+    if start_rule != "first-token" and ids[0] == lm.bos_id:  # the passage's BOS is given
         table = slow.logits(lm, None, list(ids))[:-1]
         lm_bits, lm_margin = slow.bits_and_margins(table, ids[1:])
         return np.concatenate([[0.0], lm_bits]), np.concatenate([[1.0], lm_margin])
-    head = [lm.bos_id] if lm.bos_id is not None and start != "first-token" else []
+    head = [lm.bos_id] if lm.bos_id is not None and start_rule != "first-token" else []
     table = slow.logits(lm, None, [*head, *ids])[:-1][-n:]
     lm_bits, lm_margin = slow.bits_and_margins(table, ids[len(ids) - len(table) :])
     if len(lm_bits) < n:  # without a start token the first one costs log2 V
@@ -162,7 +162,7 @@ def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floa
     return lm_bits, lm_margin
 
 
-def start_rule(lm: FrozenLM, cell: Cell) -> str:
+def start_rule_of(lm: FrozenLM, cell: Cell) -> str:
     """The start rule of a cell, from its recipe and the tokenizer."""
     rule = str(cell.recipe["start_rule"])
     if rule != "paper":

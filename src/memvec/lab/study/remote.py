@@ -60,10 +60,10 @@ class Remote:
         return texts
 
     def between(
-        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start_rule: StartRule
     ) -> list[float]:
         """Measure two restarts `a` and `b` (K, D) of a passage by a cell's protocol."""
-        values: list[float] = self.workers.call(_between, cell, passage, (a, b), start)
+        values: list[float] = self.workers.call(_between, cell, passage, (a, b), start_rule)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
@@ -93,6 +93,10 @@ def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | Non
 
 
 def _between(
-    lm: FrozenLM, cell: Cell, passage: Passage, restarts: tuple[Tensor, Tensor], start: StartRule
+    lm: FrozenLM,
+    cell: Cell,
+    passage: Passage,
+    restarts: tuple[Tensor, Tensor],
+    start_rule: StartRule,
 ) -> list[float]:
-    return LocalPool(lm).between(cell, passage, *restarts, start)
+    return LocalPool(lm).between(cell, passage, *restarts, start_rule)

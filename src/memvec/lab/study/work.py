@@ -41,13 +41,13 @@ def find_passages(
     recipe = cell.to_recipe()
     advice = "so all restarts are the same one. Write start = 'noise' in the run's recipe."
     refuse_idle_seed(lm, recipe, advice)
-    start = resolve_start_rule(lm, recipe)
-    tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
-    shortest = 1 + (start == "first-token") + source.bos
+    start_rule = resolve_start_rule(lm, recipe)
+    tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start_rule)
+    shortest = 1 + (start_rule == "first-token") + source.bos
     if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
     view = view_for(lm, recipe)
-    around = cell.vectors + len(view.front) + len(view.trigger) * (start == "bos")
+    around = cell.vectors + len(view.front) + len(view.trigger) * (start_rule == "bos")
     longest = None if lm.context is None else lm.context - around
     if longest is not None and tokens > longest:
         raise MemvecError(
@@ -120,7 +120,7 @@ def cram_cell(
         for sourced, outcome in zip(group, shared.run(jobs), strict=True):
             if sourced.number in numbers:
                 size = shared.batch_size  # smaller if memory ran out
-                yield entry(lm, sourced, outcome, start="vectors", batch_size=size)
+                yield entry(lm, sourced, outcome, start_rule="vectors", batch_size=size)
         return
     engine = Engine(
         lm,
@@ -137,8 +137,8 @@ def cram_cell(
     for outcome in engine.run([group[0].passage for group in by_hash.values()]):
         for sourced in by_hash[ids_hash(outcome.passage.ids)]:
             # engine.lm has the trigger, lm has not.
-            start, size = engine.start_rule, engine.batch_size
-            yield entry(engine.lm, sourced, outcome, start=start, batch_size=size)
+            start_rule, size = engine.start_rule, engine.batch_size
+            yield entry(engine.lm, sourced, outcome, start_rule=start_rule, batch_size=size)
 
 
 def _entry(
@@ -147,7 +147,7 @@ def _entry(
     outcome: Outcome,
     *,
     cell: Cell,
-    start: StartRule,
+    start_rule: StartRule,
     batch_size: int,
     worker: str,
 ) -> StoreEntry:
@@ -163,10 +163,10 @@ def _entry(
         horizon_gain=reached.information_gain(),
         horizon_token_gain=reached.token_gain(),
         least_loss_gain=_least_loss_gain(outcome),
-        start_rule=start,
+        start_rule=start_rule,
         batch_size=batch_size,
         worker=worker,
-        extra=_extra(lm, cell, sourced, outcome, start),
+        extra=_extra(lm, cell, sourced, outcome, start_rule),
     )
     return StoreEntry(row, outcome.vectors, scores.stacked()).to_plain()
 
@@ -178,12 +178,12 @@ def _least_loss_gain(outcome: Outcome) -> float:
 
 
 def _extra(
-    lm: FrozenLM, cell: Cell, sourced: SourcedPassage, outcome: Outcome, start: StartRule
+    lm: FrozenLM, cell: Cell, sourced: SourcedPassage, outcome: Outcome, start_rule: StartRule
 ) -> dict[str, Any]:
     """The protocol's extra measurements. Raises MemvecError if they differ from its `extras`."""
     protocol, recipe = protocol_of(cell.protocol), cell.to_recipe()
     extra: dict[str, Any] = protocol.extra_of_cell(
-        lm, sourced, outcome, start, recipe, cell.options
+        lm, sourced, outcome, start_rule, recipe, cell.options
     )
     try:
         json.dumps(extra)
