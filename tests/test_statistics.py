@@ -64,6 +64,14 @@ def test_a_bootstrap_interval_is_that_of_scipy(n, spread):
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=close)
 
 
+@pytest.mark.parametrize("at_once", [1, 70, 10**9])
+def test_resamples_are_the_same_however_many_are_drawn_at_once(at_once, monkeypatch):
+    values = np.random.default_rng(3).gamma(1.0, 1.0, 7).tolist()
+    expected = bootstrap_mean(values), ratio_of_means(values, values[::-1])
+    monkeypatch.setattr("memvec.statistics.AT_ONCE", at_once)
+    assert (bootstrap_mean(values), ratio_of_means(values, values[::-1])) == expected
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
 def test_a_resample_with_two_means_of_0_counts_as_a_ratio_of_1(scale):
     """Such resamples do not move the interval to 0."""

@@ -21,6 +21,7 @@ from memvec.metrics import mean_and_error
 Floats = NDArray[np.float64]
 LEVEL = 0.975  # the upper end of a two-sided 95 % interval
 DRAWS = 10_000  # resamples of a bootstrap
+AT_ONCE = 2**20  # numbers that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def bootstrap_mean(values: Sequence[float]) -> Interval:
     data = np.asarray(values, dtype=float)
     if len(data) < 2:
         return Interval(float(data.mean()), math.nan, math.nan)
-    low, high = np.percentile(data[_resamples(len(data))].mean(1), [2.5, 97.5])
+    low, high = np.percentile(_resampled_means(data)[0], [2.5, 97.5])
     return Interval(float(data.mean()), float(low), float(high))
 
 
@@ -191,14 +192,14 @@ def ratio_of_means(first: Sequence[float], second: Sequence[float]) -> Interval:
     as 1). The interval is NaN for one passage. Without passages, the ratio is NaN, too.
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    picks = _resamples(len(a))
-    return _ratio(a, b, a[picks].mean(1), b[picks].mean(1))
+    return _ratio(a, b, *_resampled_means(a, b))
 
 
 def ratio_of_separate_means(first: Sequence[float], second: Sequence[float]) -> Interval:
     """`ratio_of_means` for means over different passages, which are resampled independently."""
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    return _ratio(a, b, a[_resamples(len(a))].mean(1), b[_resamples(len(b), seed=1)].mean(1))
+    (means_a,), (means_b,) = _resampled_means(a), _resampled_means(b, seed=1)
+    return _ratio(a, b, means_a, means_b)
 
 
 def _ratio(a: Floats, b: Floats, means_a: Floats, means_b: Floats) -> Interval:
@@ -210,5 +211,13 @@ def _ratio(a: Floats, b: Floats, means_a: Floats, means_b: Floats) -> Interval:
         return Interval(float(a.mean() / b.mean()), float(low), float(high))
 
 
-def _resamples(n: int, draws: int = DRAWS, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(n, size=(draws, n))
+def _resampled_means(*arrays: Floats, seed: int = 0) -> list[Floats]:
+    """The means of DRAWS resamples of each array; all arrays are of one length and share draws."""
+    n, random = len(arrays[0]), np.random.default_rng(seed)
+    means: list[list[Floats]] = [[] for _ in arrays]
+    rows = max(1, AT_ONCE // max(n, 1))
+    for begin in range(0, DRAWS, rows):
+        picks = random.integers(n, size=(min(rows, DRAWS - begin), n))
+        for values, of in zip(arrays, means, strict=True):
+            of.append(values[picks].mean(1))
+    return [np.concatenate(of) for of in means]
