@@ -182,6 +182,21 @@ def test_special_tokens_without_a_role_are_never_drawn(monkeypatch: pytest.Monke
     assert set(drawn.passage.ids) == {6}
 
 
+def test_sampled_passages_go_on_where_shorter_ones_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are drawn once for all lengths, and are those that one long draw gives."""
+    drawn: list[int] = []
+    lm, at_once = copy(reader()), copy(reader())
+    logits = lm.logits
+    monkeypatch.setattr(lm, "logits", lambda *a: drawn.append(a[1].shape[1]) or logits(*a))
+    ids = {n: [p.passage.ids for p in Sampled().passages(lm, 2, n)] for n in (5, 3, 9)}
+    assert drawn == [*range(1, 6)] * 2 + [*range(6, 10)] * 2
+    assert ids[9] == [p.passage.ids for p in Sampled().passages(at_once, 2, 9)]
+    for n in (3, 5):
+        assert ids[n] == [whole[:n] for whole in ids[9]]
+    assert ids[9] != [p.passage.ids for p in Sampled(seed=1).passages(lm, 2, 9)]
+    assert ids[9] != [p.passage.ids for p in Sampled(temperature=9.0).passages(lm, 2, 9)]
+
+
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     import pandas as pd
 

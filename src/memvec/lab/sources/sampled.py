@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -16,6 +17,10 @@ from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
+
+Drawn = tuple[list[int], torch.Generator]
+# The tokens of each passage so far, and what draws the next one: (seed, number, temperature).
+DRAWN: WeakKeyDictionary[FrozenLM, dict[tuple[int, int, float], Drawn]] = WeakKeyDictionary()
 
 
 class Sampled(Source):
@@ -38,21 +43,26 @@ def sampled_passages(
 ) -> Iterator[SourcedPassage]:
     """`count` passages of `length` tokens, each drawn with its own seed, one whole forward a token.
 
-    Special tokens are never drawn, so that a passage is text. Raises MemvecError for a model
-    without a start token.
+    A passage of one length is the beginning of the same passage of another, so tokens that were
+    drawn before are not drawn again. Special tokens are never drawn, so that a passage is text.
+    Raises MemvecError for a model without a start token.
     """
     if lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no token that starts a text, so it cannot be sampled.")
+    lm.fingerprint  # noqa: B018 (it raises if the model was trained since the last passages)
+    known = DRAWN.setdefault(lm, {})
     special = [lm.bos_id] if lm.tokenizer is None else sorted(special_ids(lm.tokenizer))
     banned = [i for i in special if i < lm.vocab_size]
     for number in range(count):
+        key = (seed, number, temperature)
         passage_seed = seeded_random("sampled", seed, number).getrandbits(62)
-        generator = torch.Generator().manual_seed(passage_seed)
-        ids: list[int] = []
-        for _ in range(length):
+        begun: Drawn = ([], torch.Generator().manual_seed(passage_seed))
+        ids, generator = known.pop(key, begun)  # an interruption leaves nothing half done
+        while len(ids) < length:
             # Logits for the token after the known ones: the last id of the batch is never read.
             batch = torch.tensor([[*ids, 0]], device=lm.device)
             logits = lm.logits(None, batch)[0, -1].cpu() / temperature
             logits[banned] = -torch.inf
             ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
-        yield SourcedPassage(number, Passage(tuple(ids), number), f"sampled #{number}")
+        known[key] = (ids, generator)
+        yield SourcedPassage(number, Passage(tuple(ids[:length]), number), f"sampled #{number}")

@@ -8,8 +8,10 @@ texts, and no sentence is drawn twice.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SentencePassage(SourcedPassage):
-    """A sentence; `sizes` are the token counts of the sentences before it, whose ids are the last
-    ones of `before`."""
+    """A sentence; `sizes` are the token counts of the sentences in front of it that `before` has
+    whole."""
 
     sizes: tuple[int, ...] = ()
 
@@ -80,15 +82,17 @@ class Sentences(Source):
                 f"{length} tokens after {self.before} others: lower passages from {count}, or "
                 "give more text."
             )
+        begins = [[0, *accumulate(len(s.ids) for s in parts)] for parts in cut]  # in tokens
         for number, (ids, (document, i)) in enumerate(drawn[:count]):
-            sizes = tuple(len(s.ids) for s in cut[document][:i])
-            text = [token for s in cut[document][:i] for token in s.ids]
+            parts, begin = cut[document], begins[document]
             # All that a model can read before, so that no measure of it is of less.
-            kept = max(MAX_BEFORE, sum(sizes[i - self.before :]), lm.context or len(text))
+            kept = max(MAX_BEFORE, begin[i] - begin[i - self.before], lm.context or begin[i])
+            first = bisect.bisect_left(begin, begin[i] - kept)  # the first that is kept whole
+            before = [token for s in parts[max(0, first - 1) : i] for token in s.ids]
             yield SentencePassage(
                 number,
-                Passage(ids, document, len(text)),
+                Passage(ids, document, begin[i]),
                 f"{texts[document][0]}, sentence {i + 1}",
-                tuple(text[-kept:]),
-                sizes,
+                tuple(before[-kept:]),
+                tuple(len(s.ids) for s in parts[first:i]),
             )

@@ -10,6 +10,7 @@ again. Sentences are split by punctuation here and by nltk's `punkt` there;
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ Rule = Literal["suffix", "start"]
 PAPER_WORDS = (12_000, 25_000)
 MIN_SENTENCES = 10  # of a chunk, as in the paper
 MAX_BEFORE = 4096  # tokens kept of the text before a passage
+CACHED_TEXTS = 64  # whose words and sentences are kept for the other cells of a study
 ATTEMPTS = 100  # draws of a chunk whose passage is not that of an earlier one
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
 
@@ -203,16 +205,16 @@ def chunk(
     MemvecError if no text is long enough.
     """
     min_words, max_words = words
-    usable = [(name, text) for name, text in texts if len(text.split()) >= min_words]
+    usable = [(name, text) for name, text in texts if _count_words(text) >= min_words]
     if not usable:
-        longest = max((len(text.split()) for _, text in texts), default=0)
+        longest = max((_count_words(text) for _, text in texts), default=0)
         raise MemvecError(
             f"no text has the {min_words} words of a chunk (the longest has {longest}): "
             "lower chunk_words."
         )
     draw = seeded_random("chunk", seed, number, *([attempt] if attempt else []))
     name, text = draw.choice(usable)
-    parts = sentences(" ".join(text.split()), splitter)
+    parts = _sentences_of_words(text, splitter)
     sizes = [len(part.split()) for part in parts]
     wanted = draw.randint(min_words, max_words)
     start = draw.randrange(len(parts))
@@ -224,6 +226,17 @@ def chunk(
         total += sizes[end]
         end += 1
     return Chunk(name, start, end - start, " ".join(parts[start:end]))
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _count_words(text: str) -> int:
+    return len(text.split())
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _sentences_of_words(text: str, splitter: Splitter) -> tuple[str, ...]:
+    """Sentences of the text with single spaces between its words."""
+    return tuple(sentences(" ".join(text.split()), splitter))
 
 
 def split_by_rule(text: str, rule: Rule, splitter: Splitter = "punctuation") -> tuple[str, str]:
