@@ -88,6 +88,7 @@ class CramJob:
     def __post_init__(self) -> None:
         check_minimum(1, batch_size=self.batch_size)
         self.done: dict[tuple[int, int], Outcome] = {}
+        self.done_tokens = 0  # of the passages in `done`
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split, self.total = 0, sum(len(d.ids) for d in self.documents)
         self.expected: Expected | None = None
@@ -243,6 +244,7 @@ class CramJob:
         shortest = max(self.K, self.engine.given + 1)
         if outcome.exact or not halves or min(map(len, halves)) < shortest:
             self.done[passage.document, passage.offset] = outcome
+            self.done_tokens += len(passage)
             halves = ()
         else:
             self.split += 1
@@ -276,6 +278,7 @@ class CramJob:
         """Continue to cram these passages, with raised margins."""
         for outcome in disagreeing:
             del self.done[outcome.passage.document, outcome.passage.offset]
+            self.done_tokens -= len(outcome.passage)
             if outcome.status == "done":
                 self.engine.push_again(outcome)
             else:  # the recipe has no steps left to reach a larger margin
@@ -321,7 +324,6 @@ class CramJob:
     def report(self, progress: Progress | None = None, share: float = 0.0) -> None:
         """Call `on_status`, with the engine's progress or the share of a stage that is done."""
         if self.on_status is not None:
-            done = sum(len(o.passage) for o in self.done.values())
-            counts: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
+            counts: dict[str, Any] = {"done": self.done_tokens, "vectors": self.K * len(self.done)}
             counts |= {"split": self.split, "engine": progress, "expected": self.expected}
             self.on_status(CramStatus(self.stage, tokens=self.total, share=share, **counts))

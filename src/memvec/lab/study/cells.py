@@ -7,6 +7,7 @@ of passages is not part of the cell: a spec with more passages adds rows to thos
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +51,7 @@ class Cell:
     """Hashes of the files that recipe and protocol name: another one of a name is another cell."""
     quantize: str | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Sixteen hex digits of the SHA-256 of all fields."""
         text = json.dumps(self.settings(), sort_keys=True, default=str)
