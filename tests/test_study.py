@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import gc
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +68,7 @@ from memvec.lab.study.vector_files import export_vectors
 from memvec.lab.study.work import find_passages
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
 from memvec.workers import Loading
 from studies import HEAD, SENTENCES, everything, maker, run, spec_in
@@ -821,6 +823,56 @@ def test_the_check_notices_an_extra_that_is_no_measurement(
     assert any(f"extra is stored as {extra}" in s for s in check_study(tmp_path / "out")["wrong"])
 
 
+def test_the_check_refuses_a_token_that_the_model_does_not_have(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the hash of the passage was made to fit."""
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    shutil.copytree(two_rows, tmp_path / "out")
+    with contextlib.closing(sqlite3.connect(tmp_path / "out" / "study.sqlite")) as db:
+        ids = np.asarray([5, reader().vocab_size, 6, 7, 8], dtype="<i4")
+        key = ids_hash(ids.tolist())
+        db.execute("UPDATE passages SET ids = ?, passage = ?", (ids.tobytes(), key))
+        db.execute("UPDATE rows SET passage = ?", (key,))
+        db.commit()
+    wrong = check_study(tmp_path / "out")["wrong"]
+    assert any("a token of the passage is not one of" in sentence for sentence in wrong), wrong
+
+
+def test_vectors_of_a_row_that_was_changed_are_not_written(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    shutil.copytree(two_rows, tmp_path / "out")
+    with contextlib.closing(sqlite3.connect(tmp_path / "out" / "study.sqlite")) as db:
+        db.execute("UPDATE rows SET horizon = 9999")
+        db.commit()
+    with pytest.raises(MemvecError, match="was changed after it was written: 'memvec study check'"):
+        export_vectors(tmp_path / "out", tmp_path / "files")
+
+
+def test_only_one_model_is_in_memory(tmp_path: Path) -> None:
+    """The model before is gone when the next one is loaded, to run a study and to check it."""
+    models = "".join(f'[[models]]\nname = "{name}"\n' for name in ("a", "b", "c"))
+    block = '[[runs]]\nprotocol = "exact"\nlengths = [3]\npassages = 1\nrecipe = { steps = 2 }\n'
+    text = HEAD.replace('[[models]]\nname = "tiny"\n', models) + block
+    loaded: list[weakref.ref[FrozenLM]] = []
+
+    def load(*_: Any, **__: Any) -> FrozenLM:
+        gc.collect()
+        assert not any(earlier() for earlier in loaded)
+        loaded.append(weakref.ref(lm := copy.copy(reader())))
+        return lm
+
+    run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: LocalPool(load()), base=tmp_path)
+    assert len(loaded) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memvec.lab.study.stored_model.load_lm", load)
+        assert check_study(tmp_path / "out")["wrong"] == []
+        export_vectors(tmp_path / "out", tmp_path / "files")
+    assert len(loaded) == 9
+
+
 @pytest.mark.parametrize("error", [IndexError, ZeroDivisionError])
 def test_the_check_goes_on_after_an_extra_that_nothing_can_be_computed_with(
     two_rows: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
@@ -979,6 +1031,10 @@ def test_the_check_notices_falsified_tensors_texts_lines_and_cells(
         "UPDATE paths SET accuracy = '[1.0, [2]]'": "between them is no list of numbers",
         "UPDATE paths SET accuracy = '{'": "between them is no list of numbers",
         "UPDATE paths SET accuracy = '[]'": "between them is no list of numbers",
+        "UPDATE paths SET accuracy = '[1.0]'": "1 numbers are stored of",
+        "UPDATE passages SET ids = substr(ids, 1, 8)": "passage is stored as",
+        "UPDATE cells SET random_text = 0": "random_text is stored as 0 and its settings say 1",
+        "UPDATE cells SET settings = json_set(settings, '$.recipe', json('{}'))": "those of cell",
         "UPDATE passages SET text = CAST('another' AS BLOB)": "text is not that of its tokens",
         "UPDATE cells SET length = 77": "length is stored as 77",
         "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",

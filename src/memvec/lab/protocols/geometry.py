@@ -59,11 +59,11 @@ class Geometry(Protocol):
         return [teacher_forced_accuracy(row > 0) for row in margin]
 
     def recompute_between(
-        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str, points: int
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str
     ) -> tuple[list[float], list[float]]:
         accuracy, allowed = [], []
-        for i in range(points):
-            t = i / (points - 1)
+        for i in range(POINTS):
+            t = i / (POINTS - 1)
             vectors = (1 - t) * a.float() + t * b.float()
             _, margin = slow.teacher_forced(lm, vectors, ids, start_rule)
             accuracy.append(float((margin > 0).mean()))

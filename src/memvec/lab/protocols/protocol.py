@@ -201,7 +201,7 @@ class Protocol:
         return [min(i, 1) for i in range(predicted)]
 
     def recompute_between(
-        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str, points: int
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start_rule: str
     ) -> tuple[list[float], list[float]]:
         """Recompute `between` slowly: (values, how far each may differ)."""
         raise NotImplementedError

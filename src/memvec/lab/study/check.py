@@ -26,24 +26,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from memvec.cramming.starts import view_for
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Compared, Protocol
+from memvec.lab.sources import SOURCES, Source
 from memvec.lab.study.cells import Cell
+from memvec.lab.study.check_pairs import MAX_PAIRS, check_pairs
 from memvec.lab.study.export import read_rows
-from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule_of
-from memvec.lab.study.spec import ModelKey
+from memvec.lab.study.recompute import SPREAD, Slow, recompute
 from memvec.lab.study.store import Store
 from memvec.lab.study.stored_model import by_model, cell_of, model_of
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
+from memvec.passages.passage import ids_hash
 from memvec.writing import read_json
 
 TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05, BFLOAT16_AUTOCAST: 0.3}  # logits
 BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, BFLOAT16_AUTOCAST: 0.1}  # bits a token
-MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 
 
 @plain_torch()
@@ -80,9 +80,12 @@ def check_study(
             for key, group in rows.groupby("cell", sort=False):
                 _, cell = cell_of(store, str(key))
                 wrong += _check_cell(store, str(key), cell)
+                if cell.key != key:  # nothing can be computed by settings that were changed
+                    continue
                 for row in group.to_dict("records"):
                     wrong += _check_row(lm, store, cell, row, dtype=described["dtype"], worst=worst)
-            wrong += _check_pairs(lm, store, of, MAX_PAIRS if sample else 0, worst)
+            wrong += check_pairs(lm, store, of, MAX_PAIRS if sample else 0, worst)
+            del lm  # the next model is loaded without it
     unchecked = [sentence for name in frame["protocol"].unique() for sentence in _unchecked(name)]
     return {"rows": len(frame), "worst": worst, "wrong": wrong, "unchecked": unchecked}
 
@@ -121,15 +124,15 @@ def _check_cell(store: Store, key: str, cell: Cell) -> list[str]:
     """Sentences about a cell whose columns or key differ from its settings."""
     wrong = [] if cell.key == key else [f"cell {key}: its settings are those of cell {cell.key}."]
     names = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
+    expected = {name: getattr(cell, name) for name in names}
+    kind = SOURCES.get(str(cell.source_settings.get("kind")), Source)
+    expected["random_text"] = int(kind.random_text)
     stored = store.db.execute(
-        f"SELECT {', '.join(names)} FROM cells WHERE cell=?", (key,)
+        f"SELECT {', '.join(expected)} FROM cells WHERE cell=?", (key,)
     ).fetchone()
-    for name, value in zip(names, stored, strict=True):
-        if value != getattr(cell, name):
-            wrong.append(
-                f"cell {key}: {name} is stored as {value} and its settings say "
-                f"{getattr(cell, name)}."
-            )
+    for (name, value), found in zip(expected.items(), stored, strict=True):
+        if found != value:
+            wrong.append(f"cell {key}: {name} is stored as {found} and its settings say {value}.")
     return wrong
 
 
@@ -150,6 +153,10 @@ def _check_row(
     except MemvecError as error:
         return [f"{place}: {error}"]
     ids = kept.ids
+    if (hashed := ids_hash(ids)) != row["passage"]:
+        return [f"{place}: {_differs('passage', row['passage'], hashed)}"]
+    if not all(0 <= i < lm.vocab_size for i in ids):
+        return [f"{place}: a token of the passage is not one of {lm.name}."]
     slow = recompute(
         lm,
         cell,
@@ -255,6 +262,8 @@ def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
 
 def _positions(slow: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
     """Sentences about stored bits and margins of positions that disagree."""
+    if positions.shape != slow.positions.shape:
+        return [f"{positions.shape[1]} positions are stored of {slow.positions.shape[1]}."]
     wrong = []
     kinds = ((0, BITS[dtype] * 50), (1, BITS[dtype] * 50), (2, TIE[dtype]), (3, TIE[dtype]))
     names = ("bits without vectors", "bits with", "margin with", "margin without")
@@ -293,52 +302,6 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
         if not same or any(not g <= limit for g, limit in zip(gaps, c.allowed, strict=False)):
             wrong.append(_differs(c.name, list(c.stored), list(c.recomputed)))
     return wrong
-
-
-def _check_pairs(
-    lm: FrozenLM, store: Store, of: ModelKey, limit: int, worst: dict[str, float]
-) -> list[str]:
-    """Sentences about measurements of pairs of a model's restarts that disagree.
-
-    `limit` pairs are measured again, 0: all.
-    """
-    wrong = []
-    pairs = store.db.execute(
-        "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
-        "WHERE planned > 0 ORDER BY position, second, number"
-    ).fetchall()
-    pairs = [pair for pair in pairs if cell_of(store, pair[0])[1].model_key == of]
-    for first, second, number, text in pairs[: limit or None]:
-        place = f"cells {first} and {second}, passage {number}"
-        try:
-            ids = store.passage(first, number).ids
-            a, b = (store.tensors(key, number)[0] for key in (first, second))
-        except MemvecError as error:
-            wrong.append(f"{place}: {error}")
-            continue
-        cell = cell_of(store, first)[1]
-        if not (stored := _numbers(text)):
-            wrong.append(f"{place}: what is between them is no list of numbers: {text:.100}.")
-            continue
-        view = view_for(lm, cell.to_recipe())
-        again, allowed = protocol_of(cell.protocol).recompute_between(
-            view, ids, a, b, start_rule_of(view, cell), len(stored)
-        )
-        gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
-        worst["paths"] = max(worst.get("paths", 0.0), *gaps)
-        if any(not gap <= limit_ for gap, limit_ in zip(gaps, allowed, strict=True)):
-            wrong.append(
-                f"{place}: what is between them is stored as {stored} and recomputed as {again}."
-            )
-    return wrong
-
-
-def _numbers(text: str) -> list[float]:
-    """The numbers of a JSON list; none if it is another text."""
-    try:
-        return [float(value) for value in read_json(text)]
-    except (TypeError, ValueError):
-        return []
 
 
 def _differs(name: str, stored: Any, recomputed: Any) -> str:

@@ -159,6 +159,7 @@ class _Run:
                 self._compare_restarts(cells_of_model, pool)
             finally:
                 pool.close()
+                del pool  # it holds the model: the next one is loaded without it
         self.what = "done"
         self._report()
         status = self.status()
@@ -268,8 +269,8 @@ class _Run:
     def _report(self) -> None:
         # A status looks at every cell: not at every step.
         if self.on_status is not None and time.monotonic() - self.reported > REPORT_EVERY:
-            self.reported = time.monotonic()
             self.on_status(self.status())
+            self.reported = time.monotonic()
 
 
 def _drop_unfinished_groups(store: Store, p: Planned) -> None:

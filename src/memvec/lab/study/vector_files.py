@@ -96,6 +96,11 @@ def vectors_of_cell(
     documents, passages, vectors = [], [], []
     for row in rows:
         kept = store.passage(cell.key, row["number"])
+        if not store.sealed(cell.key, row["number"]):
+            raise MemvecError(
+                f"passage {row['number']} of cell {cell.key} was changed after it was written: "
+                "'memvec study check' says how; restore the study from a copy."
+            )
         vectors.append(store.tensors(cell.key, row["number"])[0])
         result = PassageResult(**{name: row[name] for name in PassageResult.model_fields})
         passages.append(passage_record(Passage(kept.ids), result, rule))
