@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from conftest import tiny
 from memvec import registry
 from memvec.errors import MemvecError
+from memvec.lab.protocols.checkpoints import _exponents_table
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
@@ -40,12 +42,14 @@ from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
-from memvec.lab.study.check import _check_pairs, _sampled
+from memvec.lab.study.check import _sampled
+from memvec.lab.study.check_pairs import check_pairs
 from memvec.lab.study.model_names import distinct_names, model_names
 from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import ModelKey, parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
+from memvec.statistics import mean_interval
 
 HEAD = 'name = "made"\n[[models]]\nname = "pocket"\n[[sources]]\nkind = "random-tokens"\n'
 MODEL = {"name": "pocket", "weights": "w", "config": "c", "probe": [0.0], "dtype": "float32"}
@@ -331,6 +335,58 @@ def test_with_a_bos_the_longest_length_is_still_that_of_the_grid(start_rule, sto
     assert paper_result(drawn).longest == 16
 
 
+def test_a_passage_at_several_lengths_is_one_in_the_published_gains_over_k(store):
+    def row_of(cell, number):
+        return {"horizon": 5 + number, "accuracy": 0.5}
+
+    spec = spec_of("paper", [8, 16, 32], 3, "vectors = [1, 2]")
+    data = made(store, spec, row_of)
+    one = mean_interval([5, 6, 7])
+    for line in published_scaling(data.of("paper")).to_dict("records"):
+        assert (line["n"], line["token_gain"]) == (3, 6)
+        assert (line["token_gain_low"], line["token_gain_high"]) == pytest.approx(
+            (one.low, one.high)
+        )
+
+
+@pytest.mark.parametrize("untrained", [True, False])
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
+def test_stages_before_training_are_named_if_there_are_any(seeds, untrained, store):
+    """Runs of one shape and seed differ in something else: they are not a mean of two seeds."""
+    stages = [0 if untrained else 10, 20, 40]
+    names = [f"{run}-{tokens}" for run in "ab" for tokens in stages]
+    spec = "".join(f'[[models]]\nname = "{name}"\n' for name in names)
+    spec += spec_of("checkpoints", [4], 2, f"models = {names}")
+
+    def row_of(cell, number):
+        run, tokens = cell.model.split("-")
+        extra = {"run": run, "family": "f", "seed": seeds["ab".index(run)], "tokens": int(tokens)}
+        return {"extra": extra | {"step": 1, "valid": 2.0, "width": 8, "layers": 2}}
+
+    data = made(store, spec, row_of)
+    found = lines(data, "checkpoints", "checkpoints")
+    apart = seeds == (0, 0)
+    shapes = ["f, a, D 8, L 2", "f, b, D 8, L 2"] if apart else ["f, D 8, L 2"]
+    assert [line["model"] for line in found] == [shape for shape in shapes for _ in stages]
+    assert {line["seeds"] for line in found} == {1 if apart else 2}
+    (figure,) = protocol_of("checkpoints").figures(data, compare=False)
+    assert figure.caption.count("is the model before training") == untrained
+    assert figure.caption.count("per dimension before training") == untrained * len(shapes)
+    assert figure.caption.count("per dimension after 10 tokens") == (not untrained) * len(shapes)
+
+
+def test_the_fits_are_of_models_before_training_only_if_they_read_nothing():
+    for first in (0, 10):
+        stages = [
+            pd.DataFrame([{"family": "f", "width": D, "layers": L, "tokens": t, "bits": D * L + t}])
+            for t in (first, 40)
+            for D, L in ((8, 1), (8, 2), (16, 1), (16, 2), (32, 4))
+        ]
+        table = _exponents_table(stages)
+        when = [row[table.columns.index("when")] for row in table.rows]
+        assert when == (["at the end"] if first else ["before training", "at the end"])
+
+
 @pytest.mark.parametrize("protocol", ["transfer", "recurrent"])
 def test_a_protocol_of_one_start_refuses_several_seeds(protocol):
     options = {"transfer": 'origin = "pocket"', "recurrent": 'encoder = "e.safetensors"'}
@@ -606,7 +662,8 @@ def test_mapped_vectors_are_exact_at_once_if_all_tokens_are_right(store):
 
     def row_of(cell, number):
         extra = {"mapped": [], "at_once": [0, 3, 4][number], "steps_mapped": 3, "exact_mapped": 1}
-        return {"extra": extra | {"cosine": 0.5, "explained": 0.25, "pairs": 9}}
+        extra |= {"cosine": 0.5, "explained": 0.25, "pairs": 9, "origin_weights": "w"}
+        return {"extra": extra}
 
     (line,) = lines(made(store, spec_of("transfer", [4], 3, more), row_of), "transfer", "transfer")
     assert line["exact at once"].startswith("33 % [")
@@ -625,7 +682,7 @@ def test_every_pair_of_restarts_is_measured_again_or_as_many_as_asked(limit, sto
     again = lambda *_: ([1.0, 0.0], [0.1, 0.1])  # noqa: E731
     monkeypatch.setattr(type(protocol_of("geometry")), "recompute_between", again)
     of, worst = ModelKey("pocket", None, "auto", None), {}
-    wrong = _check_pairs(tiny(), store, of, limit, worst)
+    wrong = check_pairs(tiny(), store, of, limit, worst)
     assert len(wrong) == (limit or 3)
     assert worst == {"paths": 1.0}
     assert all(f"passage {i}:" in sentence for i, sentence in enumerate(wrong))
@@ -668,6 +725,24 @@ def test_spaces_are_compared_by_their_longest_passages(store):
     assert whole["KL / nothing"] == half["KL / nothing"] == 0.25
     (card,) = protocol_of("spaces").cards(data)
     assert card.value == "8.0 tokens"
+
+
+def test_spaces_of_several_texts_and_recipes_are_told_apart(store):
+    """The recipe is in a name only where nothing else tells two lines apart."""
+    head = '[[sources]]\nkind = "random-words"\n'
+    spec = head + spec_of("spaces", [4], 3, "recipe = { steps = 9 }")
+    spec += spec_of("spaces", [4], 3, 'recipe = { steps = 7 }\nsources = ["random-tokens"]')
+
+    def row_of(cell, number):
+        return {"extra": {"space": "inputs", "numbers": 8, "words": [], "kl": [1.0, 4.0]}}
+
+    data = made(store, spec, row_of)
+    sources = [line["source"] for line in lines(data, "spaces", "spaces")]
+    assert sorted(sources)[-1] == "random-words"
+    assert len(set(sources)) == 3
+    (figure,) = protocol_of("spaces").figures(data, compare=False)
+    for panel in figure.panels:
+        assert sorted(s.name for s in panel.series) == sorted(f"{s}, inputs" for s in sources)
 
 
 def test_the_card_on_use_is_of_exact_vectors_only(store):
@@ -742,13 +817,29 @@ def test_the_ratio_of_a_transfer_divides_steps_from_a_map_by_those_from_the_star
     def row_of(cell, number):
         steps = 3 * (1 + cell.options["origin_seed"]) * cell.length
         extra = {"at_once": 2, "steps_mapped": steps, "cosine": 0.5, "explained": 0.5, "pairs": 9}
+        extra["origin_weights"] = "w"
         return {"extra": extra, "steps": 48}
 
     found = lines(made(store, spec, row_of), "transfer", "transfer")
-    assert [(line["tokens"], line["ratio"], line["n"]) for line in found] == [
-        (4, 0.25, 3),
-        (8, 0.5, 3),
-        (8, 1.0, 3),
+    assert [(line["from"], line["tokens"], line["ratio"], line["n"]) for line in found] == [
+        ("pocket", 4, 0.25, 3),
+        ("pocket", 8, 0.5, 3),
+        ("pocket, seed 1", 8, 1.0, 3),
+    ]
+
+
+def test_rows_of_two_origins_of_one_name_are_told_apart(store):
+    """A model may have been trained again between two runs of a study."""
+
+    def row_of(cell, number):
+        extra = {"at_once": 2, "steps_mapped": 3, "cosine": 0.5, "explained": 0.5, "pairs": 9}
+        return {"extra": extra | {"origin_weights": ["old", "new"][number == 2]}}
+
+    spec = spec_of("transfer", [4], 3, 'options = { origin = "pocket" }')
+    found = lines(made(store, spec, row_of), "transfer", "transfer")
+    assert sorted((line["from"], line["n"]) for line in found) == [
+        ("pocket, weights new", 1),
+        ("pocket, weights old", 2),
     ]
 
 
@@ -856,9 +947,9 @@ def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeyp
         ("threshold", "EleutherAI/pythia-160m", "lengths = [4]"),
         ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4, 8]"),
         ("paper", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
-        ("vectors", "meta-llama/Llama-3.2-1B", "lengths = [4]\nvectors = [1, 2]"),
         ("context", "EleutherAI/pythia-410m", "lengths = [64]\ncontexts = [64]"),
         ("exact", "meta-llama/Llama-3.2-1B", "lengths = [4]"),
+        ("book", "meta-llama/Llama-3.1-8B", "lengths = [4]"),
     ],
 )
 def test_published_values_are_found_by_the_models_full_name(
@@ -870,7 +961,7 @@ def test_published_values_are_found_by_the_models_full_name(
     """
     head = HEAD.replace('"pocket"', f'"{model}"\n{loaded}').replace("random-tokens", "pg19")
     monkeypatch.setattr(sys.modules[__name__], "HEAD", head)
-    extra = {"after_context": {"64": [20.0, 3]}, "decode_seconds": None}
+    extra = {"after_context": {"64": [20.0, 3]}, "decode_seconds": None, "book_tokens": 90}
     reporting = "vectors" if "vectors = [1, 2]" in fields else protocol
     run = f'[[runs]]\nprotocol = "{protocol}"\n{fields}\npassages = 2\n'
     passed = "[4, 8]" in fields  # the shorter length
@@ -888,13 +979,15 @@ def test_published_values_are_found_by_the_models_full_name(
     plots = [*protocol_of(reporting).figures(data, compare=True)]
     if reporting == "paper":
         plots += [utilisation_figure(data, compare=True), lengths(data, compare=True)]
-    in_figures = {
-        plot.key
+    drawn = [
+        (plot.key, panel.title)
         for plot in plots
         for panel in plot.panels
         for series in panel.series
         if series.name.endswith("published")
-    }
+    ]
+    in_figures = {key for key, _ in drawn}
+    assert not [title for _, title in drawn if "exact" in title]  # it is by another rule
     assert bool(of_paper or in_figures) == (not loaded)
     if protocol == "paper":
         assert bool(of_paper) == (not loaded)

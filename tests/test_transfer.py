@@ -241,7 +241,7 @@ def test_rows_of_a_study_are_recomputed_and_reported(study):
 
 def test_the_check_notices_changed_results(study):
     changed = {"mapped": [[0.5] * 64], "at_once": 4, "steps_mapped": 1, "exact_mapped": 1}
-    changed |= {"cosine": 0.123, "explained": 0.5, "pairs": 99}
+    changed |= {"cosine": 0.123, "explained": 0.5, "pairs": 99, "origin_weights": "w"}
     before = falsify(study, json.dumps(changed), "transfer")
     wrong = str(check_study(study)["wrong"])
     for name in ("at_once", "cosine", "pairs"):

@@ -19,14 +19,14 @@ def byte_account(text: bytes, vector_bytes: int, lm_bits: float) -> dict[str, in
     return {
         "text": len(text),
         "vectors": vector_bytes,
-        "xz": _xz_size(text),
+        "xz": xz_size(text, preset=9 | lzma.PRESET_EXTREME),
         "zstd": len(zstandard.ZstdCompressor(level=19).compress(text)),
         "arithmetic": math.ceil(lm_bits / 8),
     }
 
 
-def _xz_size(text: bytes) -> int:
-    """Bytes by `xz -9 --extreme`, with a dictionary no larger than the text: it changes nothing."""
+def xz_size(text: bytes, *, preset: int) -> int:
+    """Bytes by xz, with a dictionary no larger than the text: it changes nothing."""
     dictionary = min(max(len(text), 4096), XZ_DICTIONARY)
-    preset = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}
-    return len(lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, **preset}]))
+    lzma2 = {"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}
+    return len(lzma.compress(text, filters=[lzma2]))

@@ -66,7 +66,7 @@ class Book(Protocol):
             if compare:
                 hobbit = published.published()["book"]["values"]
                 line += interval("for The Hobbit", _needed(hobbit["tokens"], per_vector))
-                line.append(("paper, not run", hobbit["vectors"].get(model)))
+                line.append(("paper, not run", hobbit["vectors"].get(data.published_as(model))))
             lines.append(line)
         return [
             Table.of(

@@ -126,10 +126,10 @@ class Checkpoints(Exact):
         ]
         panels.append(Panel("valid loss", "tokens read", "nats per token", losses, log=True))
         sentences = [_sentence(name, parts) for name, parts in _lines(stages)]
-        caption = (
-            "Intervals: 95 %, over training seeds. The first point, at half of the second's x, "
-        )
-        caption += f"is the model before training. {' '.join(sentences)}"
+        if any(_is_untrained(part) for part in stages):
+            untrained = "The point at half of the second one's x is the model before training."
+            sentences.insert(0, untrained)
+        caption = " ".join(["Intervals: 95 %, over training seeds.", *sentences])
         return [Plot("checkpoints", "Capacity over training", caption, panels)]
 
 
@@ -154,7 +154,8 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
     """One table for each shape of model and stage of its training, with a row for each seed.
 
     Rows of another source, recipe, length or K, or of models that are loaded in another way, make
-    stages of their own: their family has these in its name. Columns: family, width, layers, tokens,
+    stages of their own: their family has these in its name. So do runs of one shape that have the
+    same seed, each with its name. Columns: family, width, layers, tokens,
     valid (nats per token), horizon (tokens), bits (of the horizon under the model without vectors),
     bits_per_dimension, n (different passages).
     `attrs["stages"]` is the number of stages of that shape.
@@ -170,13 +171,19 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
     several = len(rows[conditions].drop_duplicates()) > 1
     seeds = []
     shape = ["_family", "_width", "_layers", *conditions]
-    for _, part in rows.groupby([*shape, "_tokens", "_seed"], sort=False):
+    # Runs of one seed differ in something that no record has: each is a family of its own.
+    runs = rows.groupby([*shape, "_tokens", "_seed"], sort=False)["_run"].transform("nunique")
+    apart = runs.gt(1).groupby([rows[name] for name in shape]).transform("any")
+    rows = rows.assign(_apart=rows["_run"].where(apart, ""))
+    for _, part in rows.groupby([*shape, "_tokens", "_seed", "_apart"], sort=False):
         first, bits = part.iloc[0], float(part["_bits"].mean())
         known = {name: first[f"_{name}"] for name in ("family", "width", "layers", "tokens")}
         if several:
             where = f"{first['series']}, {first['length']} tokens, K {first['vectors']}"
             loaded = [word for word in (first["dtype"], first["quantize"]) if word]
             known["family"] = f"{known['family']} ({', '.join([where, *loaded])})"
+        if first["_apart"]:
+            known["family"] = f"{known['family']}, {first['_apart']}"
         known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
         known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
         seeds.append(known | {"n": int(part["number"].nunique())})
@@ -226,11 +233,17 @@ def _sentence(name: str, parts: list[pd.DataFrame]) -> str:
     """A sentence on the ends of a line and its lowest point."""
     means = [per_dimension(part).mean for part in parts]
     lowest = int(np.argmin(means))
-    read = int(parts[lowest]["tokens"].iloc[0])
+    first, read = (int(parts[i]["tokens"].iloc[0]) for i in (0, lowest))
+    begin = "before training" if _is_untrained(parts[0]) else f"after {first} tokens"
     return (
-        f"{name}: {means[0]:.2f} text bits per dimension before training, {means[-1]:.2f} at the "
+        f"{name}: {means[0]:.2f} text bits per dimension {begin}, {means[-1]:.2f} at the "
         f"end; the minimum is {means[lowest]:.2f}, after {read} tokens."
     )
+
+
+def _is_untrained(part: pd.DataFrame) -> bool:
+    """True for the stage of models that have read no token."""
+    return bool((part["tokens"] == 0).all())
 
 
 class Exponents(NamedTuple):
@@ -273,8 +286,10 @@ def _exponents_table(stages: list[pd.DataFrame]) -> Table:
     ends: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for _, parts in _lines(stages):
         family = str(parts[0]["family"].iloc[0])
-        ends.setdefault((family, "before training"), []).append(parts[0])
-        ends.setdefault((family, "at the end"), []).append(parts[-1])
+        if _is_untrained(parts[0]):
+            ends.setdefault((family, "before training"), []).append(parts[0])
+        if not _is_untrained(parts[-1]):
+            ends.setdefault((family, "at the end"), []).append(parts[-1])
     for (family, when), parts in ends.items():
         columns = ([float(p[name].mean()) for p in parts] for name in ("width", "layers", "bits"))
         fit = exponents(*(np.array(column) for column in columns))

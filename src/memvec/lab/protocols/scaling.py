@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from memvec.lab.protocols.paper import paper_result
-from memvec.statistics import Mean, mean_interval
+from memvec.lab.protocols.paper import paper_result, unsaturated
+from memvec.statistics import Mean, clustered_mean, mean_interval
 
 MEASURES = ("longest", "token_gain", "bits")  # tokens, tokens, bits: each with _low and _high
 
@@ -44,11 +44,13 @@ def published_scaling(rows: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for K, group in rows.groupby("vectors"):
-        r = paper_result(group)
-        longest = math.nan if r.longest is None else float(r.longest)
-        fixed = Mean(longest, math.nan, math.nan, math.nan, r.token_gain.n)
-        line = _line(int(str(K)), [fixed, r.token_gain, r.information_gain])
-        line["n"] = r.token_gain.n
+        best, full = paper_result(group).longest, unsaturated(group)
+        passages = full["number"].tolist()  # each at several lengths
+        names = ("token_gain", "information_gain")
+        gains = [clustered_mean(full[name].tolist(), passages) for name in names]
+        longest = math.nan if best is None else float(best)
+        fixed = Mean(longest, math.nan, math.nan, math.nan, gains[0].n)
+        line = _line(int(str(K)), [fixed, *gains])
         line["tried"] = float(group["length"].max())
         lines.append(line)
     return _with_shares(lines)

@@ -26,7 +26,10 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Line:
-    """The passages of one model, source, space, K and storage."""
+    """The passages of one model, source, space, K and storage.
+
+    `source` has the recipe in its name where lines differ in nothing else.
+    """
 
     model: str
     source: str
@@ -67,8 +70,11 @@ def lines_of(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
     usable = rows["cell"].map(lambda cell: recipes[cell]["term"] == "use")
     rows["space"] = rows["space"].where(~usable, rows["space"] + ", for use")
     # `series` separates recipes that differ in anything else.
-    keys = ["model", "source", "space", "vectors", "storage", "budget", "series"]
-    for (model, source, space, K, storage, budget, _), part in rows.groupby(keys, sort=False):
+    keys = ["model", "source", "space", "vectors", "storage", "budget"]
+    alike = rows.groupby(keys)["series"].transform("nunique") > 1
+    apart = set(rows.loc[alike, "source"])
+    rows["source"] = rows["source"].where(~rows["source"].isin(apart), rows["series"])
+    for (model, source, space, K, storage, budget), part in rows.groupby(keys, sort=False):
         numbers = int(part["numbers"].iloc[0])
         stored = 8 * STORAGES[str(storage)].size(int(K), numbers // int(K))
         kept = part[part["length"] == part["length"].max()]
@@ -149,20 +155,17 @@ def _table_line(line: Line) -> TableLine:
 
 
 def figures(data: Data, rows: pd.DataFrame) -> list[Plot]:
-    """Panels of MEASURES for each model, with a series for each space and budget."""
+    """Panels of MEASURES for each model, with a series for each source, space and budget."""
     lines = list(lines_of(data, rows))
     panels = []
     for model in dict.fromkeys(line.model for line in lines):
         of_model = [line for line in lines if line.model == model]
-        several = len({line.budget for line in of_model})
+        names = _names(of_model)
         for y, x in MEASURES:
             series = []
-            for space, budget in dict.fromkeys((line.space, line.budget) for line in of_model):
-                of_space = [
-                    line for line in of_model if (line.space, line.budget) == (space, budget)
-                ]
-                name = space if several < 2 else f"{space}, budget {budget}"
-                series.append(_series(name, sorted(of_space, key=AXES[x]), x, y))
+            for name in dict.fromkeys(names):
+                of_name = [line for line, its in zip(of_model, names, strict=True) if its == name]
+                series.append(_series(name, sorted(of_name, key=AXES[x]), x, y))
             panels.append(Panel(f"{model}: {y} by {x}", x, y, series, log=True))
     compared = len({line.numbers for line in lines})
     caption = (
@@ -171,6 +174,18 @@ def figures(data: Data, rows: pd.DataFrame) -> list[Plot]:
         "run."
     )
     return [Plot("spaces", "Where the numbers stand", caption, panels)]
+
+
+def _names(lines: list[Line]) -> list[str]:
+    """The name of each line's series: its space, and source and budget where they differ."""
+    sources = len({line.source for line in lines}) > 1
+    budgets = len({line.budget for line in lines}) > 1
+    return [
+        (f"{line.source}, " if sources else "")
+        + line.space
+        + (f", budget {line.budget}" if budgets else "")
+        for line in lines
+    ]
 
 
 def _series(space: str, lines: list[Line], x: str, y: str) -> Series:

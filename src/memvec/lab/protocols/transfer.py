@@ -61,8 +61,16 @@ class TransferProtocol(Protocol):
         "explained": "share of the squared deviation of this model's vectors that the map explains "
         "(leave-one-out over the pairs)",
         "pairs": "passages that the map was fitted on, exact in both models, number",
+        "origin_weights": "SHA-256 of the embeddings of the model that the map is from, text",
     }
-    not_recomputed = ("mapped", "steps_mapped", "exact_mapped", "explained", "pairs")
+    not_recomputed = (
+        "mapped",
+        "steps_mapped",
+        "exact_mapped",
+        "explained",
+        "pairs",
+        "origin_weights",
+    )
 
     class Options(protocol.Options):
         """The origin model and the pairs of the fit."""
@@ -117,6 +125,7 @@ class TransferProtocol(Protocol):
             "cosine": float(cosine),
             "explained": transfer.mapping.explained,
             "pairs": transfer.mapping.pairs,
+            "origin_weights": transfer.origin.fingerprint.weights,
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
@@ -139,13 +148,13 @@ class TransferProtocol(Protocol):
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         lines: list[TableLine] = []
-        for (model, origin, seed, series), part in _pairs(data, self.name):
+        for (model, origin, series), part in _pairs(data, self.name):
             steps, mapped = (part[c].astype(float).tolist() for c in ("steps", "_steps_mapped"))
             whole = part["_at_once"] >= part["predicted"]
             at_once = share_interval(int(whole.sum()), len(part))
             lines.append(
                 [
-                    ("from", _origin(origin, seed)),
+                    ("from", origin),
                     ("to", model),
                     ("source", series),
                     ("tokens", int(part["length"].iloc[0])),
@@ -176,13 +185,13 @@ class TransferProtocol(Protocol):
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         panels = []
-        for (model, origin, seed, series), part in _pairs(data, self.name):
+        for (model, origin, series), part in _pairs(data, self.name):
             steps = part["steps"].astype(float).tolist()
             mapped = part["_steps_mapped"].astype(float).tolist()
             ends = [0.0, max(*steps, *mapped)]
             panels.append(
                 Panel(
-                    f"{_origin(origin, seed)} to {model}, {series}",
+                    f"{origin} to {model}, {series}",
                     "steps from the recipe's start",
                     "steps from mapped vectors",
                     [Series("a passage", steps, mapped), Series("y = x", ends, ends, "dashed")],
@@ -220,18 +229,21 @@ def _fitted(
     return fit_transfer(origin_lm, lm, passages, K, recipe, replace(recipe, seed=seed))
 
 
-def _origin(name: str, seed: int) -> str:
-    """The origin in words."""
-    return short(name) + (f", seed {seed}" if seed else "")
+def _pairs(data: Data, name: str) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """((target, origin, series), rows) with the extra measurements as columns `_name`.
 
-
-def _pairs(data: Data, name: str) -> Iterator[tuple[tuple[str, str, int, str], pd.DataFrame]]:
-    """((target, origin, its seed, series), rows) with the extra measurements as columns `_name`."""
+    The origin has its seed in its name unless that is 0, and a hash of its weights if models with
+    other weights had the same name.
+    """
     rows = data.restarts(name)
-    for key in ("at_once", "steps_mapped", "cosine", "explained", "pairs"):
+    for key in ("at_once", "steps_mapped", "cosine", "explained", "pairs", "origin_weights"):
         rows = rows.assign(**{f"_{key}": extra_of(rows, name, key)})
     for key in ("origin", "origin_seed"):
         rows = rows.assign(**{f"_{key}": data.option(rows, key)})
-    keys = ["model", "_origin", "_origin_seed", "series", "length", "vectors"]
-    for (model, origin, seed, series, *_), part in rows.groupby(keys, sort=False):
-        yield (str(model), str(origin), int(str(seed)), str(series)), part
+    several = rows.groupby("_origin")["_origin_weights"].transform("nunique") > 1
+    rows = rows.assign(_weights=rows["_origin_weights"].astype(str).str[:8].where(several, ""))
+    keys = ["model", "_origin", "_origin_seed", "_weights", "series", "length", "vectors"]
+    for (model, origin, seed, weights, series, *_), part in rows.groupby(keys, sort=False):
+        origin = short(str(origin)) + (f", seed {seed}" if seed else "")
+        origin += f", weights {weights}" if weights else ""
+        yield (str(model), origin, str(series)), part

@@ -54,8 +54,9 @@ class Vectors(Protocol):
                 series = []
                 for model, source, table in tables:
                     series += _measured(f"{model}, {source}", table, measure)
-                for model in dict.fromkeys(model for model, *_ in tables):
-                    series += _published(data, model, published_name) if compare else []
+                # The published values are by the published rule.
+                for model in dict.fromkeys(model for model, *_ in tables if rule and compare):
+                    series += _published(data, model, published_name)
                 if series:
                     panels.append(Panel(labels[rule], "K, vectors", labels[rule], series, log=True))
             for model, source, table in tables:
@@ -138,8 +139,8 @@ def _published_table(data: Data, compare: bool) -> Table:
         "K vectors by the paper's protocol (Figure 4)",
         "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99; "
         "where it is the longest tried, a longer grid might give more. Gains: means over the n "
-        "passages with accuracy of at most 0.99, with their 95 % intervals. The line is K times "
-        "the value per vector at the smallest K.",
+        "passages with accuracy of at most 0.99, each at all such lengths, with their 95 % "
+        "intervals over passages. The line is K times the value per vector at the smallest K.",
         lines,
     )
 
@@ -159,7 +160,10 @@ def _measured(name: str, table: pd.DataFrame, measure: str) -> list[Series]:
     if table.empty:
         return []
     K, y = [float(k) for k in table["K"]], [float(v) for v in table[measure]]
-    hover = [f"K {k:.0f}: {v:.1f} (n {n})" for k, v, n in zip(K, y, table["n"], strict=True)]
+    # Max has no interval and no n of its own: n is that of the gains.
+    ns = table["n"].where(table[f"{measure}_low"].notna())
+    counts = ["" if math.isnan(n) else f" (n {n:.0f})" for n in ns]
+    hover = [f"K {k:.0f}: {v:.1f}{n}" for k, v, n in zip(K, y, counts, strict=True)]
     low, high = (
         [v if math.isnan(edge) else float(edge) for v, edge in zip(y, table[column], strict=True)]
         for column in (f"{measure}_low", f"{measure}_high")

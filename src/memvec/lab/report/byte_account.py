@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bz2
 import heapq
-import lzma
 import math
 import zlib
 from collections import Counter
 
 import pandas as pd
 
+from memvec.lab.compressors import xz_size
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged
@@ -53,7 +53,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
         stored = {
             "zlib": len(zlib.compress(whole, 9)),
             "bz2": len(bz2.compress(whole, 9)),
-            "lzma": len(lzma.compress(whole, preset=9)),
+            "lzma": xz_size(whole, preset=9),
             "huffman": _huffman_bits(whole) / 8,
             "arithmetic": _text_bits(exact, int(data.models[str(model)]["vocabulary"])) / 8,
             "vectors": _vectors(data, exact, str(protocol), K) * vector,

@@ -52,7 +52,7 @@ def seeds_table(data: Data) -> Table:
         "Spread over seeds",
         "Each seed is evaluated by the published rule, at the lengths that all seeds have. Max and "
         "token gain are tokens, bits the information gain; gains and accuracy are means of the "
-        "seeds' means, with the standard deviation of these over seeds. n: passages of each seed "
-        "whose gains are averaged.",
+        "seeds' means, with the standard deviation of these over seeds. n: rows of each seed "
+        "whose gains are averaged (a passage counts once for each length).",
         lines,
     )
