@@ -418,6 +418,7 @@ def test_the_command_trains_measures_and_crams_with_an_adapted_encoder(command, 
         (("--adapted", "--recurrent"), "--recurrent and --adapted are two kinds"),
         (("--adapted", "--hidden", 16), "--hidden is not of adapted encoders"),
         (("--rank", 2), "--rank is of usable and adapted encoders: add --usable or --adapted"),
+        (("--longest", 9), "--longest is of usable and adapted encoders: add --usable or"),
         (("--adapted", "--begin", letter), "memvec can read"),
     ]:
         ran = command("encoder", "train", *wrong, "-m", own, "--text", books, "-o", "n")

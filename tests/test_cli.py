@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -297,6 +298,31 @@ def test_an_interrupted_inspect_prints_one_line(command, stored, monkeypatch):
     assert (ran.code, ran.out, ran.err) == (130, b"", "memvec: interrupted.\n")
 
 
+def test_the_help_of_a_study_needs_no_extra(command, monkeypatch):
+    monkeypatch.setattr("memvec.cli.study.NEEDED", ("pandas", "no_such_package"))
+    for words, code in ((["run", "--help"], 0), (["ls"], 2)):
+        monkeypatch.setattr("sys.argv", ["memvec", "study", *words])
+        ran = command("study", *words)
+        assert ran.code == code
+        assert ("studies need no_such_package: pip install" in ran.err) == bool(code)
+
+
+def test_verify_measures_use_with_other_weights_if_forced(command, stored, monkeypatch):
+    of_use, seen = "memvec.usable.certificate", []
+    monkeypatch.setattr(f"{of_use}.check_usable", lambda mem: None)
+
+    def measured(*_, force):
+        seen.append(force)
+        return SimpleNamespace(model_dump=dict)
+
+    monkeypatch.setattr(f"{of_use}.certify_use", measured)
+    for words in ([], ["--force"]):
+        assert command("verify", stored, "--use", "--json", *words).code == 0
+    assert seen == [False, True]
+    ran = command("verify", stored, "--engine", "transformers", "--force")
+    assert (ran.code, "leave out --force" in ran.sentence) == (2, True)
+
+
 def test_verify_use_refuses_exact_only_vectors_before_decoding(command, stored, monkeypatch):
     monkeypatch.setattr("memvec.vectors.MemVectors.decode_passages", None)
     ran = command("verify", stored, "--use")
@@ -364,6 +390,7 @@ BAD = [
     (["cram", "letter.txt", "--tokens", 3, "--tokens", 4], "--tokens is given twice"),
     (["cram", "letter.txt", "-m", "pocket", "-m", "no"], "--model is given twice"),
     (["encoder", "train", "--text", "a", "--steps", 3, "--steps", 4], "--steps is given twice"),
+    (["lab", "sentences", "train", "--text", "a", "--steps", 3, "--steps", 4], "is given twice"),
     (
         ["cram", "letter.txt", "--set", "coordinates=low-dim", "--set", "dimensions=9999"],
         "low-dim coordinates of .* have 1 to .* dimensions, not 9999",

@@ -92,7 +92,9 @@ def test_the_gradient_is_that_of_plain_cross_entropy():
 def test_training_reduces_the_loss():
     """The mean loss of the last 20 steps is more than a tenth below that of the first 20."""
     lm = tiny()
-    plan = SlotsPlan(steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2)
+    plan = SlotsPlan(
+        steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, largest_share=1.2
+    )
     losses = []
     Training(lm, stream(lm), plan).run(on_progress=lambda now: losses.append(now.loss_bits))
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])

@@ -185,6 +185,21 @@ def test_the_fingerprint_depends_on_each_number_of_the_embedding():
     assert not FrozenLM(model).fingerprint.matches(tiny().fingerprint)
 
 
+def test_a_gated_model_is_named_as_such(monkeypatch):
+    """Its error has an address of the Hub, and is not about the network."""
+    reason = (
+        "You are trying to access a gated repo.\nMake sure to have access to it at "
+        "https://huggingface.co/a/b.\n401 Client Error. (Request ID: 1)\n\nCannot access gated "
+        "repo for url https://huggingface.co/a/b/resolve/main/config.json."
+    )
+
+    def gated(*_, **__):
+        raise OSError(reason)
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", gated)
+    refused("a/b", r"a/b is gated on the Hub: accept its terms on the model's page, then log in")
+
+
 def test_names_that_are_no_model_are_refused(tmp_path):
     refused("nobody-at-all/nothing-here", "could not be reached|neither a folder nor a model")
     refused(tmp_path, r"there is no config\.json")

@@ -215,6 +215,18 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert len(read_texts(".", tmp_path, "body")) == 7
 
 
+def test_without_pyarrow_a_sentence_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Unable to find a usable engine")
+
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr("pandas.read_parquet", missing)
+    with pytest.raises(MemvecError, match=r"^reading x\.parquet needs pyarrow: pip install"):
+        read_texts("x.parquet", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_rows_are_selected_by_the_values_of_the_file(tmp_path: Path, kind: str) -> None:
     """A missing value in a column does not make 1.0 of 1, and the text 'NA' is a text."""

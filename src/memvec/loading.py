@@ -32,8 +32,10 @@ DTYPES = {
 }
 # Parts of transformers' error messages for a name that it cannot load, and memvec's sentences.
 EXPLAINED = {
-    ("couldn't connect", "offline", "Connection", "resolve"): "is not a folder here and the Hub "
-    "could not be reached: check the name and the network, or give a local folder.",
+    ("gated repo", "is restricted"): "is gated on the Hub: accept its terms on the model's page, "
+    "then log in with 'hf auth login'.",
+    ("couldn't connect", "offline", "Connection", "Failed to resolve"): "is not a folder here "
+    "and the Hub could not be reached: check the name and the network, or give a local folder.",
     ("is not a valid model identifier", "Repository Not Found"): "is neither a folder nor a model "
     "on the Hub: check the name (private models need a login).",
     ("contains custom code",): "has code of its own, which memvec does not run: choose another "

@@ -84,6 +84,7 @@ app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(study.app, name="study", cls=_Verbs)
 app.add_typer(encoder.app, name="encoder", cls=_Verbs)
 app.add_typer(trigger.app, name="trigger", cls=_Verbs)
+sentences.lab.add_typer(sentences.app, name="sentences", cls=_Verbs)
 app.add_typer(sentences.lab, name="lab", cls=_Verbs)
 
 

@@ -39,7 +39,7 @@ EXAMPLES = options.examples(
 )
 
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Default: FILE's name + .mem.safetensors.")
+    Path | None, typer.Option("-o", "--output", help="Default: FILE's stem + .mem.safetensors.")
 ]
 OneStep = Annotated[
     bool,

@@ -33,7 +33,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-lab.add_typer(app, name="sentences")
 
 
 @app.command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json as jsonlib
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,8 @@ SpecDevice = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0; default
 
 @app.callback()
 def _check_extras() -> None:
+    if "--help" in sys.argv:  # of a verb: it needs no extra
+        return
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MemvecError(
@@ -94,7 +97,10 @@ def validate(spec: SpecFile, model: SpecModel = None, json: options.Json = False
 def run(
     spec: SpecFile,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder of the study; default: <name>.study.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Folder of the study; default: NAME.study, with the spec's name."
+        ),
     ] = None,
     model: SpecModel = None,
     device: SpecDevice = None,

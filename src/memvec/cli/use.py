@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from memvec.vectors import MemVectors
 
 EXAMPLES = options.examples(
-    'memvec use letter.mem --prompt "The next morning"',
-    'memvec use letter.mem more.mem --prompt "She said" --compare',
+    'memvec use usable.mem --prompt "The next morning"',
+    'memvec use usable.mem more.mem --prompt "She said" --compare',
 )
 
 Files = Annotated[

@@ -75,6 +75,10 @@ def verify(
     else:
         from memvec.engines import decode_with
 
+        if force:
+            raise MemvecError(
+                "an engine decodes with the weights that the file names: leave out --force."
+            )
         python = engine_python or sys.executable
         version, decoded = decode_with(engine, lm, mem, model=engine_model, python=python)
         certificate, exact = certificate_of(lm, mem, decoded)
@@ -85,7 +89,7 @@ def verify(
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
     measured = None
     if use and certificate["exact"]:
-        measured = certify_use(lm, mem, decoded).model_dump()
+        measured = certify_use(lm, mem, decoded, force=force).model_dump()
     if json:
         of_use = {} if measured is None else {"use": measured}
         typer.echo(pretty_json({**certificate, "each": exact, **of_use}))

@@ -24,7 +24,7 @@ class SlotsPlan(NetworkPlan):
 
     first_target: float = 2.0
     """Target length at the start; it rises by 2 % at steps with an accuracy above RISE_ABOVE."""
-    longest: float = 2.0
+    largest_share: float = 2.0
     """Largest length of a passage, as a multiple of the target length."""
 
 
@@ -58,7 +58,7 @@ class Training(TrainingRun):
         plan = self.plan
         draw = self._generator("step", self.step)
         K = int(torch.randint(1, plan.slots + 1, (), generator=draw))
-        share = 0.5 + (plan.longest - 0.5) * float(torch.rand((), generator=draw))
+        share = 0.5 + (plan.largest_share - 0.5) * float(torch.rand((), generator=draw))
         T = K * min(max(1, round(share * self.target)), self.longest)
         ids = self._windows(self.text, max(1, plan.positions // (T + K)), T, draw)
         loss, accuracy = self._descend(self.network(self.fast.embed(ids), K), ids)

@@ -34,6 +34,7 @@ from memvec.export.target import (
 )
 from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
+from memvec.model.fingerprint import Fingerprint
 from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
 from memvec.writing import path_of, pretty_json, read_json, temporary_name
@@ -156,7 +157,12 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
             f"vectors in the space '{mem.header.space.name}' are no inputs, which is what "
             f"{target.name} takes: cram the text in the space 'inputs'."
         )
-    mem.check_model(lm)
+    mem.check_model(lm, force=True)  # the width
+    if not Fingerprint.of_record(mem.header.model).matches(lm.fingerprint):
+        raise MemvecError(
+            f"these vectors were made for other weights than those of {lm.name}, and an export is "
+            f"certified for the weights that the file names: load {mem.header.model['name']}."
+        )
     refuse_other_weights(lm, target.name)
     dtype = str(lm.dtype).removeprefix("torch.")
     if target.dtype not in (None, dtype):

@@ -152,6 +152,10 @@ def _read_file(file: Path, column: str, where: dict[str, str]) -> list[NamedText
                 frame = pd.read_parquet(file, dtype_backend="pyarrow")
             else:
                 frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+        except ImportError:
+            raise MemvecError(
+                f"reading {file.name} needs pyarrow: pip install '.[study]' in the repository."
+            ) from None
         except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
             kind, reason = file.suffix[1:], first_line(error)
             raise MemvecError(f"{file} is not a {kind} table: {reason}.") from None
