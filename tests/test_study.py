@@ -851,6 +851,7 @@ def test_vectors_of_a_row_that_was_changed_are_not_written(
         export_vectors(tmp_path / "out", tmp_path / "files")
 
 
+@pytest.mark.slow
 def test_only_one_model_is_in_memory(tmp_path: Path) -> None:
     """The model before is gone when the next one is loaded, to run a study and to check it."""
     models = "".join(f'[[models]]\nname = "{name}"\n' for name in ("a", "b", "c"))
