@@ -151,6 +151,17 @@ def units(n: int, size: int) -> list[StudyUnit]:
     return list(in_units(cell, found, size, 2))
 
 
+def test_rows_of_a_stream_that_did_not_end_are_not_those_of_the_next() -> None:
+    """An interrupted call in Python leaves workers at work; their rows belong to other texts."""
+    healthy = Actor(99, "done")
+    made = pool(healthy, spare=lambda: healthy)
+    stream = made.stream(one_by_one(units(4, 4)), None)
+    next(stream)
+    stream.close()
+    with pytest.raises(MemvecError, match="for a call that did not end: close them and make new"):
+        next(made.stream(lambda: None, None))
+
+
 @pytest.mark.parametrize("end", ["error", "silence"])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_another_worker_takes_the_passages_of_a_dead_one(end: str, rows: int) -> None:

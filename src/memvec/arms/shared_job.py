@@ -42,6 +42,7 @@ class SharedCramJob(CramJob):
     def _cram_together(self, jobs: list[Job]) -> None:
         while jobs:
             self.done.clear()
+            self.done_tokens = 0
             shared = Shared(
                 self.lm,
                 self.engine.recipe,

@@ -149,9 +149,13 @@ class Workers:
         `next_unit` is called whenever a worker is free, and returns None while there is no work.
         The stream ends when it returns None and every worker is idle. A worker whose GPU fails is
         replaced like a dead one. Raises MemvecError if a worker does, after more than three deaths
-        per worker on average, and if the workers are closed.
+        per worker on average, and if the workers are closed or at work for another stream.
         """
         self._check_open()
+        if any(member.unit is not None for member in self.members):  # its rows are of other work
+            raise MemvecError(
+                "the workers are at work for a call that did not end: close them and make new ones."
+            )
         returned, deaths = deque[Unit](), 0
         while True:
             self._hand_out(returned, next_unit)
