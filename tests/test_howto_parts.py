@@ -18,6 +18,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.export import export, target
 from memvec.export.target import Target, prompt
+from memvec.model.reading import in_space
 from memvec.usable.queries import queries_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "add-part.md"
@@ -129,6 +130,15 @@ def test_queries_of_a_wrong_form_are_refused_with_their_name(part, given):
     recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
     with pytest.raises(MemvecError, match=r"^the queries 'mine' have to be query_count \(2\) rows"):
         queries_of(tiny(), (5, 6, 7), recipe)
+
+
+def test_a_query_of_the_given_token_alone_is_refused(part):
+    """After keys and values the first token is given, so such a query would predict nothing."""
+    memvec.register("queries", "mine")(lambda lm, ids, recipe: (ROW, TWO - 2))
+    recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
+    assert queries_of(tiny(), (5, 6, 7), recipe).length.tolist() == [1, 1]
+    with pytest.raises(MemvecError, match="rows of 2 to 4 token ids"):
+        queries_of(in_space(tiny(), "prefix", {}), (5, 6, 7), recipe)
 
 
 def test_short_queries_are_padded_to_the_length_of_the_recipe(part):

@@ -149,7 +149,7 @@ def test_a_front_is_read_as_vectors_in_its_place(family, front, P):
     decoded = decode_ids(view, vectors, [6] * 3, start_rule="bos")
     assert decoded == decode_ids(plain, longer, [6] * 3, start_rule="bos")
     words = torch.tensor([[1, 2, 3]])
-    context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words)
+    context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words, 3)
     assert torch.equal(context, log_p_after(lm, longer[:1], words))
 
 

@@ -7,9 +7,10 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, permutations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from memvec.companions.around import as_context_at
 from memvec.companions.triggers import token_named
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import Rows
 from memvec.cramming.starts import passage_seed
 from memvec.cramming.starts import view_for as recipe_view
 from memvec.decoding import BATCH, decode_ids
@@ -38,6 +40,7 @@ from memvec.usable import certificate, contexts, generate, queries, teacher
 from memvec.usable.certificate import _following, certify_use, exact_only_vectors, score_table
 from memvec.usable.contexts import FULL, NONE, VECTORS, Figures
 from memvec.usable.queries import continuations
+from memvec.usable.turns import _undo_rows
 from memvec.vectors import MemVectors
 from properties import moves, paths
 
@@ -544,7 +547,7 @@ def test_the_context_of_the_last_passage_of_a_row_is_its_vectors_alone():
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_row = contexts.contexts_of_row(lm, vectors, [4, 5, 6])
     last = contexts.contexts_of(lm, vectors[2], [4, 5, 6], None)
-    assert torch.equal(of_row[contexts.LAST_PASSAGE](words), last[VECTORS](words))
+    assert torch.equal(of_row[contexts.LAST_PASSAGE](words, 3), last[VECTORS](words, 3))
     assert contexts.LAST_PASSAGE not in contexts.contexts_of_row(lm, vectors[:1], [4, 5, 6])
 
 
@@ -556,7 +559,7 @@ def test_the_context_scale_does_not_apply_to_exact_only_vectors():
         for scale in (1.0, 0.25)
     ]
     for name, same in (("exact-only vectors", True), ("vectors", False)):
-        first, second = (contexts[name](torch.tensor(words)) for contexts in of_scale)
+        first, second = (contexts[name](torch.tensor(words), 3) for contexts in of_scale)
         assert torch.allclose(first, second, atol=1e-4) == same
 
 
@@ -581,6 +584,101 @@ def test_a_row_has_as_many_passages_as_fit_the_context(tokens, K):
     n = certificate._passages_that_fit(lm, asked, K, 48)
     taken = [max(1 + m * tokens, len(lm.front) + m * K) + 48 for m in (n, n + 1)]
     assert taken[0] <= lm.context < taken[1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "expected"),
+    [(40, None, 4), (40, 10_000, 4), (40, 100, 1), (300, None, 2), (300, 400, 1), (7, None, 9)],
+)
+def test_a_row_of_more_than_two_passages_has_a_limit(tokens, context, expected, monkeypatch):
+    """A model that reads 100,000 tokens, or any number, does not read a whole book."""
+    monkeypatch.setattr(certificate, "ROW_INPUTS", 215)
+    lm = copy(recipe_view(tiny(), USABLE))
+    lm.context = context
+    assert certificate._passages_that_fit(lm, [[5] * tokens] * 9, 2, 48) == expected
+
+
+@pytest.mark.parametrize("limit", [0, 9, 13, 100])
+def test_a_row_that_does_not_fit_in_memory_is_halved(limit, monkeypatch):
+    """Of six passages of three tokens, the largest half that fits is measured."""
+    lm = recipe_view(tiny(), USABLE)
+    vectors = torch.randn(6, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    ids = [[i, 5, 6] for i in range(1, 7)]
+    recipe = replace(USABLE, query_count=2, query_tokens=4)
+
+    def read(view, *given):
+        if len(given[0]) > limit:
+            raise MemoryError
+        return continuations(view, *given)
+
+    monkeypatch.setattr(certificate, "continuations", read)
+    found = certificate._figures_of_row(lm, vectors, ids, recipe)
+    n = {0: 0, 9: 3, 13: 3, 100: 6}[limit]
+    if n:
+        text = [token for own in ids[:n] for token in own]
+        row = contexts.contexts_of_row(lm, vectors[:n], text)
+        words = continuations(lm, text, recipe).ids
+        assert found == contexts.after_each(lm, row, words)
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize("space", ["inputs", "prefix"])
+def test_contexts_are_measured_in_parts_if_memory_runs_out(space):
+    """The figures are those of all queries at once, and of logits at all of their positions."""
+    lm = recipe_view(tiny(), replace(USABLE, space=space))
+    given, words = int(space == "prefix"), torch.tensor([[4, 8, 2], [3, 9, 1], [6, 6, 5]])
+    vectors = torch.randn(2, lm.numbers, generator=torch.Generator().manual_seed(1))
+    plain = contexts.contexts_of(lm, vectors, [5, 6, 7, 9], None)
+
+    def narrow(context, queries, last):
+        if len(queries) > 1:
+            raise MemoryError
+        return context(queries, last)
+
+    halved = {name: partial(narrow, context) for name, context in plain.items()}
+    parts, whole = (contexts.after_each(lm, c, words) for c in (halved, plain))
+    for name, figures in whole.items():
+        assert parts[name] == pytest.approx(figures, abs=1e-5)
+        everywhere = plain[name](words, 3 - given)
+        assert everywhere.shape[1] == 3 - given
+        assert torch.allclose(plain[name](words, 1), everywhere[:, -1:], atol=1e-5)
+
+
+def test_exact_only_vectors_have_as_many_slots_as_memory_allows(untyped, monkeypatch):
+    lm, seen = recipe_view(tiny(), USABLE), []
+    monkeypatch.setattr(certificate, "default_batch_size", lambda lm, tokens, K: tokens + K)
+    made = certificate.Engine
+    monkeypatch.setattr(
+        certificate,
+        "Engine",
+        lambda *a, **k: seen.append(k["batch_size"]) or made(*a, **k),
+    )
+    monkeypatch.setattr(made, "run", lambda *_: iter(()))
+    header = SimpleNamespace(start_rule="bos")
+    mem = SimpleNamespace(vectors=torch.zeros(9, 2, lm.width), header=header, storage="float32")
+    assert exact_only_vectors(lm, mem, [[5, 6, 7]] * 9) == [None] * 9
+    assert exact_only_vectors(lm, mem, [[5, 6, 7], [5]]) == [None] * 2
+    assert seen == [5, 2]
+
+
+def test_rows_out_of_turn_keep_the_state_of_a_schedule_within_a_schedule():
+    """A state may consist of other states (memvec.cramming.rows)."""
+
+    @dataclass
+    class Inner(Rows):
+        size: torch.Tensor
+
+    @dataclass
+    class Outer(Rows):
+        count: torch.Tensor
+        inner: Inner
+
+    before = Outer(torch.tensor([1, 2, 3]), Inner(torch.tensor([[1.0], [2.0], [3.0]])))
+    now = Outer(before.count + 10, Inner(before.inner.size + 10))
+    _undo_rows(now, before, torch.tensor([False, True, False]))
+    assert now.count.tolist() == [11, 2, 13]
+    assert now.inner.size.tolist() == [[11.0], [2.0], [13.0]]
 
 
 @pytest.mark.slow
@@ -876,12 +974,23 @@ def test_vectors_for_a_model_without_bos_are_certified_and_used(untyped):
         memvec.use(lm, mem, "", context="nothing")
 
 
-def test_vectors_without_a_trigger_are_refused():
-    lm = reader("words")
-    mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=QUICK)
+@pytest.mark.parametrize("start_rule", ["vectors", "first-token"])
+def test_vectors_without_a_trigger_are_refused(start_rule):
+    lm, recipe = reader("words"), replace(QUICK, start_rule=start_rule)
+    mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=recipe)
     for refused in (lambda: memvec.use(lm, mem, "the"), lambda: certify_use(lm, mem)):
         with pytest.raises(MemvecError, match="no trigger"):
             refused()
+
+
+def test_a_text_that_begins_with_bos_is_used_with_one_bos(crammed, monkeypatch):
+    lm, (mem, *_) = crammed
+    seen = []
+    monkeypatch.setattr(generate, "write_after", lambda lm, inputs, *_: seen.append(inputs) or "")
+    for ids in ([lm.bos_id, 5, 6], [5, 6]):
+        monkeypatch.setattr(generate, "tokens_in_a_row", lambda *_, ids=ids, **__: ids)
+        memvec.use(lm, mem, "the", context="text", max_new_tokens=4)
+    assert torch.equal(*seen)
 
 
 @pytest.mark.slow

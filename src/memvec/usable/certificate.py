@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -37,7 +38,9 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
 from memvec.machine import environment, plain_torch
+from memvec.model.batch_size import default_batch_size
 from memvec.model.lm import FrozenLM
+from memvec.model.memory import fits, forget_freed_memory
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Record
 from memvec.storage import Storage
@@ -58,6 +61,9 @@ QUERIES = 4  # held-out continuations of each passage
 TOKENS = 48  # maximum tokens of a query; fewer if the model's context is short
 SEED = 7919  # added to the recipe's seed, so that the queries are not those of cramming
 ROWS = 8  # maximum number of texts of several passages that are measured as a whole
+# Maximum inputs of such a text with a query. Models without attention or with a long context would
+# read whole books otherwise.
+ROW_INPUTS = 4096
 
 
 class ContextScore(Record):
@@ -122,8 +128,8 @@ def certify_use(
     `MemVectors.tokens` does). `exact_only=False` leaves out exact-only vectors, which must be
     crammed for the comparison. `force` measures vectors of another model of the same width. Raises
     MemvecError for vectors of another model, for token ids that are not those of the passages, for
-    vectors without a context mode (one-step, start rule 'vectors'), and for passages that leave no
-    room for a query in the model's context.
+    vectors without a context mode (one-step, another start rule than 'bos'), and for passages that
+    leave no room for a query in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
@@ -165,7 +171,7 @@ def certify_use(
 def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
     """Raise MemvecError for vectors without a context mode; `subject` names them in the error."""
     check_type("mem", mem, MemVectors, "MemVectors.load")
-    if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
+    if mem.header.layout != "prefix" or mem.header.start_rule != "bos":
         raise MemvecError(
             f"{subject} have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with the preset 'usable'."
@@ -225,7 +231,7 @@ def _following(
 def _scores_in_a_row(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]], recipe: Recipe
 ) -> ScoreTable | None:
-    """Scores of the vectors of whole texts; of a long text, only the passages that fit the context.
+    """Scores of the vectors of whole texts; of a long text, only the passages that fit.
 
     None if no text has several passages that fit.
     """
@@ -236,21 +242,48 @@ def _scores_in_a_row(
         n = _passages_that_fit(lm, texts, mem.vectors.shape[1], recipe.query_tokens)
         rows += [range(at, at + n)] if n > 1 else []
         at += document.passages
-    measured = []
-    for i in _evenly_spaced(len(rows), ROWS):
-        row = slice(rows[i].start, rows[i].stop)
-        text = [token for ids in passages[row] for token in ids]
-        contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
-        measured.append(after_each(lm, contexts, continuations(lm, text, recipe)[0]))
+    chosen = [rows[i] for i in _evenly_spaced(len(rows), ROWS)]
+    parts = [slice(row.start, row.stop) for row in chosen]
+    figures = [_figures_of_row(lm, mem.vectors[p].float(), passages[p], recipe) for p in parts]
+    measured = [of_row for of_row in figures if of_row is not None]
     return score_table(measured, QUERIES, recipe.query_tokens) if measured else None
 
 
+def _figures_of_row(
+    lm: FrozenLM,
+    vectors: Float[Tensor, "n K W"],
+    passages: Sequence[Sequence[int]],
+    recipe: Recipe,
+) -> dict[str, Figures] | None:
+    """The figures of n passages in a row; when memory runs out, of the first half of them.
+
+    None if two passages do not fit in memory.
+    """
+    figures: dict[str, Figures] | None = None
+
+    def measure() -> None:
+        nonlocal figures
+        text = [token for ids in passages[:n] for token in ids]
+        contexts = contexts_of_row(lm, vectors[:n], text)
+        figures = after_each(lm, contexts, continuations(lm, text, recipe)[0])
+
+    n = len(passages)
+    while n > 1 and not fits(measure):
+        n //= 2
+        forget_freed_memory()
+    return figures
+
+
 def _passages_that_fit(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
-    """How many of the first passages fit the context with `tokens` more, as text and as vectors."""
+    """How many of the first passages fit the context with `tokens` more, as text and as vectors.
+
+    From the third passage on, they must also fit ROW_INPUTS.
+    """
     text, row = 1, len(lm.front)
     for n, ids in enumerate(passages):
         text, row = text + len(ids), row + K
-        if lm.context is not None and max(text, row) + tokens > lm.context:
+        inputs = max(text, row) + tokens
+        if inputs > (lm.context or inputs) or (n >= 2 and inputs > ROW_INPUTS):
             return n
     return len(passages)
 
@@ -263,12 +296,13 @@ def exact_only_vectors(
     recipe = Recipe.of(space if space in registry.names("preset") else "default")
     of_space = {k: v for k, v in lm.reading.options.items() if k in recipe.record()}
     storage: Storage = mem.storage
+    K = mem.vectors.shape[1]
     engine = Engine(
         lm,  # has the trigger of `mem` already, and trigger='bos' keeps it
         replace(recipe, space=space, start_rule=mem.header.start_rule, trigger="bos", **of_space),
-        vectors=mem.vectors.shape[1],
+        vectors=K,
         storage=storage,
-        batch_size=min(32, len(passages)),
+        batch_size=min(len(passages), default_batch_size(lm, max(map(len, passages)), K)),
     )
     jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
     crammed = {o.passage.document: o.vectors.float() for o in engine.run(jobs) if o.exact}

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from memvec.companions.around import as_context_at
 from memvec.model.lm import FrozenLM
+from memvec.model.memory import in_batches
 from memvec.usable.queries import text_inputs
 from memvec.usable.teacher import log_p_after, states_as_context
 
 FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
 LAST_PASSAGE = "vectors of the last passage"
 
-# The model's predictions after a context: queries (M, L) -> log-probabilities (M, n, V) at each of
-# their tokens (n = L), or at all but the first (n = L - 1).
-Predictions = Callable[[Int[Tensor, "M L"]], Float[Tensor, "M n V"]]
+# The model's predictions after a context: queries (M, L), last -> log-probabilities (M, n, V) at
+# their `last` tokens. `last` is at most L, or L - 1 if the first token is given.
+Predictions = Callable[[Int[Tensor, "M L"], int], Float[Tensor, "M n V"]]
 Contexts = dict[str, Predictions]
 
 
@@ -69,17 +70,16 @@ def contexts_of_row(lm: FrozenLM, vectors: Float[Tensor, "n K D"], ids: Sequence
 
 
 def _after_text(
-    lm: FrozenLM, ids: Sequence[int], queries: Int[Tensor, "M L"]
+    lm: FrozenLM, ids: Sequence[int], queries: Int[Tensor, "M L"], last: int
 ) -> Float[Tensor, "M n V"]:
-    log_p = log_p_after(lm, text_inputs(lm, ids), queries)
-    return log_p[:, int(not lm.reading.predicts) :]
+    return log_p_after(lm, text_inputs(lm, ids), queries, last)
 
 
 def _after_vectors(
-    lm: FrozenLM, vectors: Float[Tensor, "K W"], queries: Int[Tensor, "M L"]
+    lm: FrozenLM, vectors: Float[Tensor, "K W"], queries: Int[Tensor, "M L"], last: int
 ) -> Float[Tensor, "M n V"]:
     rows = vectors.to(lm.device).expand(len(queries), -1, -1)
-    return lm.head(states_as_context(lm, rows, queries)).log_softmax(-1)
+    return lm.head(states_as_context(lm, rows, queries)[:, -last:]).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -89,12 +89,20 @@ def after_each(lm: FrozenLM, contexts: Contexts, queries: Int[Tensor, "M L"]) ->
     `lm` is the view that reads the vectors (`MemVectors.view`), as in `contexts_of`.
     """
     queries = queries.to(lm.device)
+    M, last = len(queries), queries.shape[1] - int(not lm.reading.predicts)
     reference: Tensor | None = None
     figures = {}
     for name, context in contexts.items():
-        log_q = context(queries)
-        nll = -log_q.gather(-1, queries[:, -log_q.shape[1] :, None]).mean()
+        log_q = torch.stack(in_batches(functools.partial(_rows_of, context, queries, last), M, M))
+        nll = -log_q.gather(-1, queries[:, -last:, None]).mean()
         reference = log_q if reference is None else reference
         kl = (reference.exp() * (reference - log_q)).sum(-1).mean()
         figures[name] = Figures(float(kl), float(nll))
     return figures
+
+
+def _rows_of(
+    context: Predictions, queries: Int[Tensor, "M L"], last: int, rows: slice
+) -> list[Tensor]:
+    """The predictions of a context (n, V) for each of some rows of the queries."""
+    return list(context(queries[rows], last))

@@ -83,11 +83,9 @@ def use(
         else:  # 'nothing': check the files as for the other contexts
             for file in files:
                 _chosen(lm, file, passages, force)
-        context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS is in front of all, if the model has one.
-        first = [text_inputs(lm, ())] if lm.bos_id is not None else []
-        text = lm.embed(torch.cat([context_ids, prompt_ids], 1))
-        inputs, cache = torch.cat([*first, text], 1), None
+        first = [text_inputs(lm, ids)] if ids or lm.bos_id is not None else []
+        inputs, cache = torch.cat([*first, lm.embed(prompt_ids)], 1), None
         slots = inputs.shape[1]
     check_room(lm, slots, new_tokens, SHORTER)
     return write_after(lm, inputs.to(lm.dtype), options, streamer, cache)

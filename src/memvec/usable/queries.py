@@ -243,23 +243,25 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
 def _checked(made: Any, lm: FrozenLM, recipe: Recipe) -> Queries:
     """The queries that a source returned (`made`), padded to `query_tokens` columns.
 
-    Raises MemvecError unless they are `query_count` rows of 1 to `query_tokens` token ids.
+    Raises MemvecError unless they are `query_count` rows of 1 to `query_tokens` token ids; of 2 at
+    least if the first one is given.
     """
-    M, L = recipe.query_count, recipe.query_tokens
+    M, L, shortest = recipe.query_count, recipe.query_tokens, 1 + int(not lm.reading.predicts)
     try:
         queries = Queries(*made)
         ids, length = queries.ids, queries.length
         rows, columns = ids.shape
         right = rows == M and columns <= L and tuple(length.shape) == (M,)
         right = right and not ids.is_floating_point() and not length.is_floating_point()
-        right = right and bool(((length >= 1) & (length <= columns)).all())
+        right = right and bool(((length >= shortest) & (length <= columns)).all())
         right = right and bool(((ids >= 0) & (ids < lm.vocab_size)).all())
     except (TypeError, ValueError, AttributeError):
         right = False
     if not right:
         raise MemvecError(
-            f"the queries '{recipe.queries}' have to be query_count ({M}) rows of 1 to {L} token "
-            f"ids of {lm.name}, a tensor of integers (M, L), and the length of each row (M,)."
+            f"the queries '{recipe.queries}' have to be query_count ({M}) rows of {shortest} to "
+            f"{L} token ids of {lm.name}, a tensor of integers (M, L), and the length of each row "
+            "(M,)."
         )
     if queries.teacher is None:
         ids = torch.nn.functional.pad(ids, (0, L - columns))

@@ -88,7 +88,7 @@ def score(
         check_room(lm, inputs, len(ids_of_both), SHORTER)
         table = torch.tensor([ids_of_both], device=lm.device)
         for name, context in contexts.items():
-            log_p = context(table)[0, -n:]
+            log_p = context(table, n)[0]
             right = table[0, -n:]
             bits = -float(log_p.gather(-1, right[:, None]).sum()) / math.log(2)
             greedy = bool((log_p.argmax(-1) == right).all())

@@ -90,10 +90,14 @@ def states_as_context(
 
 
 def log_p_after(
-    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Int[Tensor, "M L"]
-) -> Float[Tensor, "M L V"]:
-    """Log-probabilities (nats) at each token of `ids`; all rows are read after the same inputs."""
-    return lm.head(states_after(lm, inputs.expand(len(ids), -1, -1), ids)).log_softmax(-1)
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Int[Tensor, "M L"], last: int | None = None
+) -> Float[Tensor, "M n V"]:
+    """Log-probabilities (nats) at the `last` tokens of `ids` (None: all L).
+
+    All rows are read after the same inputs. Logits are computed at these tokens only.
+    """
+    states = states_after(lm, inputs.expand(len(ids), -1, -1), ids)
+    return lm.head(states[:, -(last or ids.shape[1]) :]).log_softmax(-1)
 
 
 def divergence(

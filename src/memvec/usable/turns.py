@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memvec.cramming.batch import BatchState
+from memvec.cramming.rows import Rows
 from memvec.cramming.step import Measurement, Step
 from memvec.results import Score
 from memvec.usable.front import with_front_read
@@ -55,10 +56,7 @@ class Turns(Step):
             return super()._update_progress(batch, measured, padding_rows)
         before = copy.deepcopy(batch.schedule)
         newly_enlarged = super()._update_progress(batch, measured, padding_rows)
-        for field in fields(before):
-            was, now = (getattr(state, field.name) for state in (before, batch.schedule))
-            decoding = measured.decoding.reshape(-1, *(1 for _ in now.shape[1:]))
-            setattr(batch.schedule, field.name, torch.where(decoding, now, was))
+        _undo_rows(batch.schedule, before, ~measured.decoding)
         return newly_enlarged & measured.decoding
 
     def _better_by_term(
@@ -101,3 +99,14 @@ class Turns(Step):
             part.new_zeros(len(ids), *part.shape[1:]).index_copy(0, rows, part) for part in parts
         )
         return states, Score(*figures)
+
+
+def _undo_rows(state: Rows, before: Rows, undone: Bool[Tensor, " B"]) -> None:
+    """Give the rows where `undone` is True the values that they had `before`, in place."""
+    for field in fields(state):
+        now, was = (getattr(rows, field.name) for rows in (state, before))
+        if isinstance(now, Rows):
+            _undo_rows(now, was, undone)
+        else:
+            rows = undone.reshape(-1, *(1 for _ in now.shape[1:]))
+            setattr(state, field.name, torch.where(rows, was, now))
